@@ -1,0 +1,1 @@
+"""Tests are a package: the ranks of the pool import test modules by name."""
