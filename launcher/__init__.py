@@ -1,0 +1,1 @@
+"""The trainer and the commands: configuration, files, signals and the clock."""

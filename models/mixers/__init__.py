@@ -1,0 +1,1 @@
+"""Layers that mix tokens: linear recurrences and softmax attention."""

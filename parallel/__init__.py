@@ -1,0 +1,1 @@
+"""Everything that knows about ranks: groups, layouts, exchanges and attention engines."""

@@ -1,0 +1,1 @@
+"""Softmax attention over a sequence that many ranks hold."""

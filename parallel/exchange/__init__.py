@@ -1,0 +1,1 @@
+"""Ways to bring every rank the state before its tokens."""

@@ -1,0 +1,16 @@
+"""Maps the folders at the root into the import namespace `longhaul`; everything else is in pyproject.toml.
+
+`longhaul` is a namespace without an `__init__`: there is no `longhaul/` folder, so nothing in a checkout can shadow the
+installed package, and a user's own `models.py` or `parallel.py` is never in the way.
+"""
+
+from setuptools import find_packages, setup
+
+ROOTS = ("models", "parallel", "launcher", "configs")
+
+setup(
+    packages=[f"longhaul.{name}" for root in ROOTS for name in (root, *(f"{root}.{sub}" for sub in find_packages(root)))],
+    package_dir={f"longhaul.{root}": root for root in ROOTS},
+    package_data={"": ["*.yaml", "py.typed"]},
+    include_package_data=False,
+)
