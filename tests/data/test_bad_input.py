@@ -114,6 +114,8 @@ def test_a_bad_jsonl_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, line
     assert contents(corpus) == [b"one", b"three"] and corpus.skipped_documents == 1
     assert f"{path} line 2" in caplog.text
     assert skipping(tmp_path, path).skipped_documents == 1  # from the cache
+    with pytest.raises(UserError, match="line 2"):  # which is not for those who asked for an error
+        open_corpus([path], cache_dir=tmp_path / "cache")
 
 
 def test_text_that_is_not_utf8_for_a_tokenizer_of_text(tmp_path: Path) -> None:

@@ -149,6 +149,12 @@ def test_the_cache_is_reused_and_follows_the_files(tmp_path: Path, monkeypatch: 
     assert len(list(cache.iterdir())) == 3
 
 
+def test_the_cache_follows_the_field(tmp_path: Path, opened: Callable[..., Corpus]) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "one", "title": "two"}])
+    assert texts(opened(path)) == ["one"]
+    assert texts(opened(path, text_field="title")) == ["two"]
+
+
 def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path, opened: Callable[..., Corpus]) -> None:
     for name in ("here.txt", "there.txt"):
         (tmp_path / name).write_text("the same")
