@@ -114,7 +114,7 @@ def test_a_ring_of_blocks_equals_the_whole(window, dtype):
         rows, blocks = slice(start, stop), []
         out, lse = torch.zeros_like(q[rows]), torch.full((stop - start, 4), -math.inf, dtype=dtype)
         for k_start, k_stop in zip(edges, edges[1:]):  # the blocks of later ranks come by too, and change nothing
-            blocks.append((slice(k_start, k_stop), dict(causal=k_stop > start, window=window, gap=stop - k_stop)))
+            blocks.append((slice(k_start, k_stop), {"causal": k_stop > start, "window": window, "gap": stop - k_stop}))
         for keys, call in blocks:
             out, lse = ops.merge(out, lse, *ops.attend_block(q[rows], k[keys], v[keys], 0.3, **call))
         assert_close(out, out_ref[rows], "out")

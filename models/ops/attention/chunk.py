@@ -16,14 +16,17 @@ from torch import Tensor
 
 from .mask import Piece
 
-MAX_QUERIES = 128  # B: measured best on a CPU; larger blocks fall out of cache
+MAX_ROWS = 128  # G * B: measured best on a CPU; larger blocks fall out of cache
 MAX_SCORES_BYTES = 64 << 20  # of one block; the backward holds two
 
 
-def _blocks(piece: Piece, window: int | None, heads: int, itemsize: int) -> Iterator[tuple[slice, slice, int]]:
+def _blocks(
+    piece: Piece, window: int | None, heads: int, key_heads: int, itemsize: int
+) -> Iterator[tuple[slice, slice, int]]:
     """(queries, keys they may see, both local to the piece; own place of the first query among those keys)."""
     count, keys, own = piece.q_stop - piece.q_start, piece.k_stop - piece.k_start, piece.own - piece.k_start
-    step = max(1, min(MAX_QUERIES, MAX_SCORES_BYTES // (heads * keys * itemsize)))
+    best = max(16, MAX_ROWS * key_heads // heads)
+    step = max(1, min(best, MAX_SCORES_BYTES // (heads * keys * itemsize)))
     for start in range(0, count, step):
         stop = min(start + step, count)
         k_stop = min(keys, own + stop) if piece.causal else keys
@@ -73,7 +76,7 @@ def forward(
     out = q.new_empty(q.shape[0], heads, v.shape[2], dtype=dtype)
     lse = q.new_empty(q.shape[0], heads, dtype=dtype)
     keys, values = _by_head(k, key_heads, dtype), _by_head(v, key_heads, dtype)  # [Hkv, Tk, K], [Hkv, Tk, V]
-    for rows, columns, own in _blocks(piece, window, heads, dtype.itemsize):
+    for rows, columns, own in _blocks(piece, window, heads, key_heads, dtype.itemsize):
         count = rows.stop - rows.start
         scores = torch.bmm(_by_head(q[rows], key_heads, dtype) * scale, keys[:, columns].mT)  # [Hkv, G * B, Tk]
         _hide(scores.unflatten(1, (-1, count)), own, piece.causal, window, float("-inf"))
@@ -106,7 +109,7 @@ def backward(
     keys, values = _by_head(k, key_heads, dtype), _by_head(v, key_heads, dtype)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1, keepdim=True)  # [Tq, H, 1]
-    for rows, columns, own in _blocks(piece, window, heads, dtype.itemsize):
+    for rows, columns, own in _blocks(piece, window, heads, key_heads, dtype.itemsize):
         count = rows.stop - rows.start
         queries = _by_head(q[rows], key_heads, dtype) * scale
         douts = _by_head(dout[rows], key_heads, dtype)

@@ -63,9 +63,7 @@ def pieces_from_segments(
     """
     keys = bounds if key_bounds is None else key_bounds
     assert len(keys) == len(bounds), "queries and keys are cut into the same segments"
-    return [
-        Piece(q0, q1, k0, k1, causal) for q0, q1, k0, k1 in zip(bounds[:-1], bounds[1:], keys[:-1], keys[1:])
-    ]
+    return [Piece(q0, q1, k0, k1, causal) for q0, q1, k0, k1 in zip(bounds[:-1], bounds[1:], keys[:-1], keys[1:])]
 
 
 def trim(piece: Piece, window: int | None) -> Piece | None:

@@ -1,1 +1,6 @@
-"""Linear cross-entropy in chunks of tokens, so that logits are never held whole."""
+"""Cross-entropy of a linear head, without the whole matrix of logits."""
+
+from .chunk import linear_cross_entropy
+from .naive import naive_linear_cross_entropy
+
+__all__ = ["linear_cross_entropy", "naive_linear_cross_entropy"]
