@@ -7,9 +7,10 @@ installed package, and a user's own `models.py` or `parallel.py` is never in the
 from setuptools import find_packages, setup
 
 ROOTS = ("models", "parallel", "launcher", "configs")
+SUBPACKAGES = [f"{root}.{name}" for root in ROOTS for name in find_packages(root)]
 
 setup(
-    packages=[f"longhaul.{name}" for root in ROOTS for name in (root, *(f"{root}.{sub}" for sub in find_packages(root)))],
+    packages=[f"longhaul.{name}" for name in (*ROOTS, *SUBPACKAGES)],
     package_dir={f"longhaul.{root}": root for root in ROOTS},
     package_data={"": ["*.yaml", "py.typed"]},
     include_package_data=False,
