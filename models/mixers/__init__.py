@@ -1,1 +1,1 @@
-"""Layers that mix tokens: linear recurrences and softmax attention."""
+"""Mixers: what exchanges information between tokens. One file each."""

@@ -1,1 +1,1 @@
-"""Softmax attention over a sequence that many ranks hold."""
+"""Softmax attention over a sharded sequence, one engine a file."""

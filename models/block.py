@@ -1,0 +1,83 @@
+"""A block of the residual stream, and what the letters of a pattern stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .ffn import SwiGLU
+from .mixers.attention import SoftmaxAttention
+from .mixers.lightning import Lightning
+from .mixers.linear_attention import LinearAttention
+from .mixers.mamba2 import Mamba2
+from .mixers.retention import Retention
+from .sequence import SequenceShard
+
+
+def make_mixer(name: str, config: ModelConfig, layer: int) -> nn.Module:
+    """The mixer called `name` for block `layer` (from 0)."""
+    size, heads, eps = config.hidden_size, config.num_heads, config.norm_eps
+    if name == "attention":
+        return SoftmaxAttention(size, heads, config.num_kv_heads, config.attention)
+    if name == "linear_attention":
+        return LinearAttention(size, heads, config.linear_attention, eps)
+    if name == "lightning":
+        return Lightning(size, heads, config.lightning, layer, config.num_layers, eps)
+    if name == "retention":
+        return Retention(size, heads, config.retention, eps)
+    assert name == "mamba2", name
+    return Mamba2(size, config.mamba2, config.num_layers, eps)
+
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`; either may be absent. [T, D] -> [T, D]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        letter = config.layers[layer]
+        mixer = {"L": config.linear_mixer, "N": "attention", "M": "mamba2", "*": "attention", "-": None}[letter]
+        self.mixer = None if mixer is None else make_mixer(mixer, config, layer)
+        self.ffn = SwiGLU(config.hidden_size, config.ffn_width) if letter in "LN-" else None
+        self.mixer_norm = None if mixer is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = None if self.ffn is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.initializer_range = config.initializer_range
+        for norm in (self.mixer_norm, self.ffn_norm):
+            if norm is not None:
+                norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
+
+    def reset_parameters(self) -> None:
+        """Published initialisation where a mixer has its own; N(0, initializer_range) elsewhere."""
+        for module in (self.mixer, self.ffn):
+            if module is None:
+                continue
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+                continue
+            for child in module.modules():
+                if isinstance(child, nn.Linear):
+                    nn.init.normal_(child.weight, std=self.initializer_range)
+        for norm in (self.mixer_norm, self.ffn_norm):
+            if norm is not None:
+                nn.init.ones_(norm.weight)
+
+    def forward(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        if self.mixer is not None:
+            assert self.mixer_norm is not None
+            y, state = self.mixer(self.mixer_norm(x), shard, state)
+            x = x + y
+        if self.ffn is not None:
+            assert self.ffn_norm is not None
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, state
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """Forward FLOPs of one token."""
+        total = 0
+        if self.mixer is not None:
+            total += self.mixer.flops_per_token(seq_length)  # type: ignore[operator]
+        if self.ffn is not None:
+            total += self.ffn.flops_per_token()
+        return total
+

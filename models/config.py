@@ -1,0 +1,96 @@
+"""What a model is: typed, frozen, checked before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import UserError
+from .mixers.attention import AttentionConfig
+from .mixers.lightning import LightningConfig
+from .mixers.linear_attention import LinearAttentionConfig
+from .mixers.mamba2 import Mamba2Config
+from .mixers.retention import RetentionConfig
+
+LINEAR_MIXERS = ("linear_attention", "lightning", "retention", "mamba2")
+LETTERS = "LNM*-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of pre-norm blocks whose kinds a pattern string names."""
+
+    vocab_size: int = 264
+    """Rows of the embedding; at least the tokenizer's vocabulary, best a multiple of 8."""
+
+    hidden_size: int = 128
+    """Width D of the residual stream."""
+
+    num_layers: int = 4
+    """Blocks; the pattern is repeated to this length."""
+
+    pattern: str = "LLLN"
+    """One letter a block: L linear mixer and FFN, N softmax attention and FFN; in Megatron's letters M Mamba-2, * softmax
+    attention, - FFN, each alone."""
+
+    linear_mixer: str = "mamba2"
+    """What L stands for: linear_attention, lightning, retention or mamba2."""
+
+    num_heads: int = 4
+    """Heads of linear and softmax attention (Mamba-2 derives its own from its head width)."""
+
+    num_kv_heads: int | None = None
+    """Key/value heads of softmax attention; as many as heads if left out."""
+
+    ffn_hidden_size: int | None = None
+    """Inner width of the SwiGLU; 8/3 of the hidden size, rounded up to a multiple of 64, if left out."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+
+    tie_embeddings: bool = True
+    """Use the embedding as the output projection."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of the embedding's, FFN's and softmax attention's initial weights."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Softmax attention."""
+
+    linear_attention: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    """Basic linear attention."""
+
+    lightning: LightningConfig = field(default_factory=LightningConfig)
+    """Lightning attention."""
+
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    """Retention."""
+
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    """Mamba-2."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be at least 1, but is {getattr(self, name)}.")
+        unknown = sorted(set(self.pattern) - set(LETTERS))
+        if unknown or not self.pattern:
+            raise UserError(f"model.pattern {self.pattern!r} may only use the letters {' '.join(LETTERS)}.")
+        if self.linear_mixer not in LINEAR_MIXERS:
+            raise UserError(f"model.linear_mixer {self.linear_mixer!r} is none of {', '.join(LINEAR_MIXERS)}.")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} must be a multiple of model.num_heads {self.num_heads}."
+            )
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise UserError(f"model.num_kv_heads {self.num_kv_heads} must divide model.num_heads {self.num_heads}.")
+
+    @property
+    def layers(self) -> str:
+        """The pattern, one letter per block."""
+        return (self.pattern * self.num_layers)[: self.num_layers]
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64

@@ -1,0 +1,23 @@
+"""The feed-forward layer: SwiGLU (Shazeer, arXiv 2002.05202). Token-local."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate x) * up x)`, [T, D] -> [T, D]."""
+
+    def __init__(self, hidden_size: int, ffn_width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_width, bias=False)
+        self.down = nn.Linear(ffn_width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token."""
+        return 2 * (self.gate_up.weight.numel() + self.down.weight.numel())

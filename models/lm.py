@@ -1,0 +1,125 @@
+"""The language model: embedding, blocks, norm, head. It knows mathematics and a `SequenceShard`.
+
+Legend: T tokens held here, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .block import Block
+from .config import ModelConfig
+from .ops import recompute
+from .ops.cross_entropy import linear_cross_entropy
+from .sequence import SequenceShard
+
+State = tuple[Any, ...]
+
+
+class LossOutput(NamedTuple):
+    """Sums over the tokens held here: `loss_sum` of weight times negative log likelihood (nats), `weight_sum` of weights."""
+
+    loss_sum: Tensor
+    weight_sum: Tensor
+    state: State | None
+
+
+class LanguageHead(nn.Module):
+    """Final norm's output to the vocabulary. Logits of all tokens are never held at once in training."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over tokens of the weighted loss and of the weights; hidden [T, D], labels int64 [T], weights [T]."""
+        return linear_cross_entropy(hidden, self.weight, labels, weights)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, vocabulary]."""
+        return F.linear(hidden, self.weight.to(hidden.dtype))
+
+
+class LanguageModel(nn.Module):
+    """A decoder over one packed stream.
+
+    Attributes:
+        activation_checkpointing: "none", or "full": every block is recomputed in the backward, sending nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
+        self.head = LanguageHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.activation_checkpointing = "none"
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and buffers from the global generator."""
+        nn.init.normal_(self.embedding.weight, std=self.config.initializer_range)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=self.config.initializer_range)
+        for layer in self.layers:
+            layer.reset_parameters()  # type: ignore[operator]
+        nn.init.ones_(self.norm.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        shard: SequenceShard,
+        state: State | None = None,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, State | None] | LossOutput:
+        """Hidden states of the tokens held here, or their loss.
+
+        Args:
+            tokens: int64 [T].
+            shard: which tokens of which stream these are.
+            state: one entry a layer, of what came before the stream.
+            labels: the next token of the same document, int64 [T], shifted before any sharding; with it the loss is returned.
+            weights: of each token in the loss, [T]; ones if left out.
+
+        Returns:
+            (hidden [T, D], state), or `LossOutput` if there are labels. The state is None unless `shard.keep_state`.
+        """
+        x = self.embedding(tokens)
+        states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            before = None if state is None else state[index]
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                x, after = recompute.checkpoint(layer, x, shard, before)
+            else:
+                x, after = layer(x, shard, before)
+            states.append(after)
+        hidden, final = self.norm(x), tuple(states) if shard.keep_state else None
+        if labels is None:
+            return hidden, final
+        if weights is None:
+            weights = torch.ones_like(labels, dtype=torch.float32)
+        loss_sum, weight_sum = self.head(hidden, labels, weights)
+        return LossOutput(loss_sum, weight_sum, final)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, vocabulary]."""
+        return self.head.logits(hidden)
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """Forward and backward FLOPs of one token of a document of `seq_length` tokens.
+
+        Three times the forward. Causal attention counts half its square; linear layers count their recurrent form, not the
+        chunked products that compute it; recomputation is not counted.
+        """
+        forward = sum(layer.flops_per_token(seq_length) for layer in self.layers)  # type: ignore[operator]
+        forward += 2 * self.config.vocab_size * self.config.hidden_size
+        return 3 * forward

@@ -1,0 +1,206 @@
+"""Collectives on one process group: one thin wrapper that counts what it sends and returns handles.
+
+Every byte between ranks goes through `Comm`, so `Ledger` can tell what a step cost and tests can assert the formula.
+Bytes are payload *received* by this rank, which is what limits a collective; a rank's own block is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Count:
+    """Calls, messages and payload bytes of one kind of traffic, as this rank received them."""
+
+    __slots__ = ("bytes", "calls", "messages")
+
+    def __init__(self) -> None:
+        self.calls = self.messages = self.bytes = 0
+
+    def __repr__(self) -> str:
+        return f"Count(calls={self.calls}, messages={self.messages}, bytes={self.bytes})"
+
+
+class Ledger:
+    """What crossed the wire, by (label, collective), and an ordered log of events."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], Count] = defaultdict(Count)
+        self.events: list[str] | None = None
+
+    def add(self, label: str, kind: str, messages: int, size: int) -> None:
+        count = self.counts[label, kind]
+        count.calls += 1
+        count.messages += messages
+        count.bytes += size
+
+    def mark(self, event: str) -> None:
+        """Append to the event log, if one is being kept (`ledger.events = []` starts one)."""
+        if self.events is not None:
+            self.events.append(event)
+
+    def total(self, label: str | None = None) -> Count:
+        """The sum over kinds, of one label or of all."""
+        result = Count()
+        for (name, _), count in self.counts.items():
+            if label is None or name == label:
+                result.calls += count.calls
+                result.messages += count.messages
+                result.bytes += count.bytes
+        return result
+
+    def reset(self) -> None:
+        self.counts.clear()
+
+
+class Wire:
+    """A slower link, emulated in-process: `wait` returns no earlier than `delay + bytes / bandwidth` after the post.
+
+    Args:
+        delay: seconds.
+        bandwidth: bytes per second; None is unlimited.
+    """
+
+    def __init__(self, delay: float = 0.0, bandwidth: float | None = None) -> None:
+        self.delay, self.bandwidth = delay, bandwidth
+
+    def arrival(self, size: int) -> float:
+        return time.perf_counter() + self.delay + (size / self.bandwidth if self.bandwidth else 0.0)
+
+
+class Handle:
+    """A collective under way. `wait` returns its result; a second `wait` returns it again."""
+
+    def __init__(self, works: Sequence[Any], result: Callable[[], Any], finish: Callable[[], None]) -> None:
+        self._works, self._result, self._finish = works, result, finish
+        self._value: Any = None
+        self._waited = False
+
+    def wait(self) -> Any:
+        if not self._waited:
+            for work in self._works:
+                work.wait()
+            self._finish()
+            self._value, self._waited = self._result(), True
+            self._works = ()
+        return self._value
+
+
+class Comm:
+    """Collectives over one group.
+
+    Args:
+        group: the process group; None is a group of this process alone, in which nothing is sent.
+        ledger: where traffic is counted.
+        wire: an emulated slower link.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, ledger: Ledger | None = None, wire: Wire | None = None) -> None:
+        self.group = group
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.wire = wire
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def _post(
+        self, label: str, kind: str, messages: int, size: int, works: Sequence[Any], result: Callable[[], Any]
+    ) -> Handle:
+        self.ledger.add(label, kind, messages, size)
+        self.ledger.mark(f"post {label}")
+        arrival = self.wire.arrival(size) if self.wire is not None else 0.0
+
+        def finish() -> None:
+            if self.wire is not None:
+                time.sleep(max(0.0, arrival - time.perf_counter()))
+            self.ledger.mark(f"wait {label}")
+
+        return Handle(works, result, finish)
+
+    def all_gather(self, x: Tensor, label: str) -> Handle:
+        """Every rank's `x`: [...] -> [P, ...]. All ranks pass the same shape."""
+        if self.size == 1:
+            return Handle((), lambda: x[None], lambda: None)
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
+        return self._post(label, "all_gather", self.size - 1, (self.size - 1) * _bytes(x), [work], lambda: out)
+
+    def reduce_scatter(self, x: Tensor, label: str) -> Handle:
+        """The sum over ranks of this rank's block: [P, ...] -> [...]."""
+        if self.size == 1:
+            return Handle((), lambda: x[0], lambda: None)
+        x = x.contiguous()
+        out = x.new_empty(x.shape[1:])
+        work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
+        return self._post(label, "reduce_scatter", self.size - 1, (self.size - 1) * _bytes(out), [work], lambda: out)
+
+    def all_reduce(self, x: Tensor, label: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:
+        """The sum (or another reduction) over ranks; counted as 2 (P - 1) / P of the payload, the ring's traffic."""
+        if self.size == 1:
+            return Handle((), lambda: x, lambda: None)
+        out = x.contiguous().clone()
+        work = dist.all_reduce(out, op=op, group=self.group, async_op=True)
+        size = 2 * (self.size - 1) * _bytes(out) // self.size
+        return self._post(label, "all_reduce", 2 * (self.size - 1), size, [work], lambda: out)
+
+    def all_to_all(self, blocks: Sequence[Tensor], shapes: Sequence[Sequence[int]], label: str) -> Handle:
+        """Block `p` to rank `p`; returns the blocks received, of the given shapes. Blocks may be empty."""
+        if self.size == 1:
+            return Handle((), lambda: list(blocks), lambda: None)
+        like = blocks[0]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        out = like.new_empty(sum(sizes))
+        send = torch.cat([block.reshape(-1) for block in blocks])
+        work = dist.all_to_all_single(
+            out, send, sizes, [block.numel() for block in blocks], group=self.group, async_op=True
+        )
+        remote = [size for peer, size in enumerate(sizes) if peer != self.rank]
+        return self._post(
+            label,
+            "all_to_all",
+            sum(size > 0 for size in remote),
+            sum(remote) * like.element_size(),
+            [work],
+            lambda: [part.reshape(tuple(shape)) for part, shape in zip(out.split(sizes), shapes)],
+        )
+
+    def exchange(
+        self,
+        send: Sequence[tuple[int, Tensor]],
+        receive: Sequence[tuple[int, Tensor]],
+        label: str,
+    ) -> Handle:
+        """Point to point: tensors to send with their target ranks, buffers to fill with their source ranks.
+
+        Returns a handle on the filled buffers. Between two ranks, sends and receives match in order.
+        """
+        # Sends before receives and one batch: a rank that posts in another order than its peer would hang.
+        operations = [dist.P2POp(dist.isend, x.contiguous(), self._global(peer), self.group) for peer, x in send]
+        operations += [dist.P2POp(dist.irecv, buffer, self._global(peer), self.group) for peer, buffer in receive]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        size = sum(_bytes(buffer) for _, buffer in receive)
+        return self._post(label, "p2p", len(receive), size, works, lambda: [buffer for _, buffer in receive])
+
+    def broadcast(self, x: Tensor, source: int, label: str) -> Handle:
+        """`x` of rank `source` to all; other ranks pass a buffer of the same shape."""
+        if self.size == 1:
+            return Handle((), lambda: x, lambda: None)
+        out = x.contiguous().clone() if self.rank == source else torch.empty_like(x, memory_format=torch.contiguous_format)
+        work = dist.broadcast(out, self._global(source), group=self.group, async_op=True)
+        received = 0 if self.rank == source else 1
+        return self._post(label, "broadcast", received, received * _bytes(out), [work], lambda: out)
+
+    def _global(self, rank: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, rank)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
