@@ -140,7 +140,7 @@ def _print_tables(checks: list[Check], optional: list[OptionalPackage], healthy:
         facts.add_row(check.name, check.value, marks[check.ok])
 
     # Rich reads [data] as a style unless the bracket is escaped.
-    extras = Table(title=r"Optional packages: pip install 'longhaul\[EXTRA]'", title_justify="left", box=box.SIMPLE_HEAD)
+    extras = Table(title=r"Optional: pip install 'longhaul\[EXTRA]'", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("package", "found", "extra", "for"):
         extras.add_column(column)
     for package in optional:
