@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames these two and warns at the old names.
+_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Count:
     """Calls, messages and payload bytes of one kind of traffic, as this rank received them."""
@@ -127,19 +131,21 @@ class Comm:
         """Every rank's `x`: [...] -> [P, ...]. All ranks pass the same shape."""
         if self.size == 1:
             return Handle((), lambda: x[None], lambda: None)
-        x = x.contiguous()
-        out = x.new_empty(self.size, *x.shape)
-        work = dist.all_gather_into_tensor(out, x, group=self.group, async_op=True)
-        return self._post(label, "all_gather", self.size - 1, (self.size - 1) * _bytes(x), [work], lambda: out)
+        flat = x.contiguous().reshape(-1)
+        out = flat.new_empty(self.size * flat.numel())
+        work = _gather_flat(out, flat, group=self.group, async_op=True)
+        size = (self.size - 1) * _bytes(x)
+        return self._post(label, "all_gather", self.size - 1, size, [work], lambda: out.reshape(self.size, *x.shape))
 
     def reduce_scatter(self, x: Tensor, label: str) -> Handle:
         """The sum over ranks of this rank's block: [P, ...] -> [...]."""
         if self.size == 1:
             return Handle((), lambda: x[0], lambda: None)
-        x = x.contiguous()
-        out = x.new_empty(x.shape[1:])
-        work = dist.reduce_scatter_tensor(out, x, group=self.group, async_op=True)
-        return self._post(label, "reduce_scatter", self.size - 1, (self.size - 1) * _bytes(out), [work], lambda: out)
+        flat = x.contiguous().reshape(-1)
+        out = flat.new_empty(flat.numel() // self.size)
+        work = _scatter_flat(out, flat, group=self.group, async_op=True)
+        size = (self.size - 1) * _bytes(out)
+        return self._post(label, "reduce_scatter", self.size - 1, size, [work], lambda: out.reshape(x.shape[1:]))
 
     def all_reduce(self, x: Tensor, label: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:
         """The sum (or another reduction) over ranks; counted as 2 (P - 1) / P of the payload, the ring's traffic."""

@@ -62,7 +62,7 @@ class _Plan:
     def __init__(self, comm: Comm, shard: RankShard, mask: Mask, scale: float, before: int) -> None:
         self.comm, self.shard, self.mask, self.scale, self.before = comm, shard, mask, scale, before
         self.most = shard.layout.max_tokens()
-        self.needed = crosses(shard.chain) or shard.keep_state
+        self.needed = crosses(shard.chain) or shard.keep_state or before > 0
 
     def work(self) -> _Work:
         """The pieces of this rank; keys of `remote` count from the start of [state | stream]."""
