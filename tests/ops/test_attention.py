@@ -49,7 +49,8 @@ def _inputs(queries, keys, heads, key_heads, dtype, width=8, value_width=8):
 
 def _reference(inputs, dout, pieces, scale, window):
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    out, lse = ops.naive_attention(*wide, pieces, scale, window)
+    with torch.autocast("cpu", enabled=False):
+        out, lse = ops.naive_attention(*wide, pieces, scale, window)
     return out, lse, torch.autograd.grad(out, wide, dout.double())
 
 
@@ -99,6 +100,13 @@ def test_bfloat16_partials_are_float32():
     out_ref, _, grads_ref = _reference(inputs, dout, pieces, 0.3, None)
     for name, x, reference in zip(("out", "dq", "dk", "dv"), (out, *grads), (out_ref, *grads_ref)):
         assert_close(x, reference, name, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_autocast_lowers_nothing(window):
+    inputs, dout = _inputs(12, 12, 4, 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _check(inputs, dout, ops.pieces_from_segments((0, 12)), 0.3, window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

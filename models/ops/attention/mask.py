@@ -1,9 +1,9 @@
 """Which keys a query sees: masks, and the work items ("pieces") that an attention call is made of.
 
 Host integers only. A piece is one run of queries against one run of keys. Query `i` of a piece stands at key index
-`own(i) = k_stop - (q_stop - q_start) + i + gap`: with `gap = 0` the piece is aligned at the bottom right (the last query
-is the last key). It sees the keys `j` of the piece with `j <= own(i)` if causal, and `j > own(i) - window` if there is a
-window.
+`own(i) = k_stop - (q_stop - q_start) + i + gap`: with `gap = 0` the piece is aligned at the bottom right (the last
+query is the last key). It sees the keys `j` of the piece with `j <= own(i)` if causal, and `j > own(i) - window` if
+there is a window.
 """
 
 from __future__ import annotations

@@ -86,6 +86,12 @@ def _continues(job: _Job, piece: Piece, limits: tuple[int, int]) -> bool:
 
 
 def _forward(job: _Job, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # The dtype of q decides: autocast would lower the matmuls of the plain kernel behind our back.
+    with torch.autocast(q.device.type, enabled=False):
+        return _run_forward(job, q, k, v, scale)
+
+
+def _run_forward(job: _Job, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = q[job.queries], k[job.keys], v[job.keys]
     if job.kernel == "cpu":
         return flash.cpu_forward(q, k, v, job.run[0].causal, scale)
@@ -97,6 +103,13 @@ def _forward(job: _Job, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
 
 
 def _backward(
+    job: _Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return _run_backward(job, dout, q, k, v, out, lse, scale)
+
+
+def _run_backward(
     job: _Job, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = dout[job.queries], q[job.queries], k[job.keys], v[job.keys]

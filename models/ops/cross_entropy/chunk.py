@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dweight.addmm_(dlogits.T, states)
                     else:
                         dweight += dlogits.T @ states
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight)  # type: ignore[arg-type]
         ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
         weight_sum = weights.sum()
         ctx.mark_non_differentiable(weight_sum)
@@ -100,8 +100,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over tokens of the cross-entropy of `hidden weight^T`.
 
-    Matmuls run in the dtype of `hidden`, or autocast's; softmax, loss and the gradient of `weight` are accumulated in at
-    least float32. Gradients reach `hidden` and `weight`.
+    Matmuls run in the dtype of `hidden`, or autocast's; softmax, loss and the gradient of `weight` are accumulated in
+    at least float32. Gradients reach `hidden` and `weight`.
 
     Args:
         hidden: [T, D]. weight: [V, D], the head.
