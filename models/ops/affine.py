@@ -222,7 +222,8 @@ class LogScale(_Scale):
 
     @classmethod
     def from_vjp(cls, vjp: Vjp, offset: Tensor, axes: int) -> LogScale:
-        return cls(_scale_from_vjp(vjp, offset, axes).log())
+        decay = _scale_from_vjp(vjp, offset, axes)
+        return cls(decay.clamp_min(torch.finfo(decay.dtype).tiny).log())  # 0: cut, and the chain says so
 
 
 class Scale(_Scale):

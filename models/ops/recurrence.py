@@ -105,7 +105,7 @@ class Recurrence:
             out, final = self.run(x, segments, state)
 
             def vjp(cotangent: Tensor) -> Tensor:
-                return torch.autograd.grad(final, state, cotangent, retain_graph=True)[0]
+                return _grad(final, state, cotangent)
 
             linear = self.linear_from_vjp(vjp, final.detach())
         return Summary(AffineMap(final.detach(), linear), scratch=out.detach())
@@ -126,7 +126,7 @@ class Recurrence:
         with torch.enable_grad():
             state = self.zero_state(x, segments).requires_grad_()
             out, _ = self.run(x, segments, state)
-            return Reverse(torch.autograd.grad(out, state, dout.to(out.dtype))[0])
+            return Reverse(_grad(out, state, dout.to(out.dtype)))
 
     def local_backward(
         self, x: Inputs, segments: Segments, saved: Saved, dout: Tensor, S_in: Tensor, reverse: Reverse
@@ -168,6 +168,15 @@ class Recurrence:
     def flops_per_token(self, x: Inputs) -> int:
         """Multiply-adds of the recurrent form times two, forward, for one token."""
         raise NotImplementedError
+
+
+def _grad(output: Tensor, state: Tensor, cotangent: Tensor) -> Tensor:
+    """The cotangent of a state; zero where nothing reads it (no part enters, or there is no token)."""
+    if not output.requires_grad:
+        return torch.zeros_like(state)
+    return torch.autograd.grad(
+        output, state, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+    )[0]
 
 
 class EachPart:
