@@ -20,7 +20,7 @@ class MetricsConfig:
     """Also write TensorBoard events, to the folder `tensorboard` of the run."""
 
     display: str = "auto"
-    """`rich`: a progress bar; `plain`: a line a record; `none`: nothing; `auto`: rich on a terminal, plain elsewhere."""
+    """`rich`: a progress bar; `plain`: a line a record; `none`: nothing; `auto`: rich on a terminal, else plain."""
 
     peak_flops: float | None = None
     """Peak FLOP/s of one process's device, for MFU; by default that of the GPU if it is a known one, else no MFU."""

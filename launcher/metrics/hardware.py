@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 peaks, FLOP/s, as the vendor states them without sparsity. Keys are looked for in the device's name, in order.
+# Dense bf16 peaks, FLOP/s, without sparsity. The first key that occurs in the device's name counts.
 _PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12))
 
 _PACKAGES = ("longhaul", "torch", "numpy", "transformers", "triton", "flash-attn", "deepspeed", "megatron-core")

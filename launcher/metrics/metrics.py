@@ -109,17 +109,23 @@ class Metrics:
         if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first_step)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first_step)
         earlier = read_facts(self._folder) if resumed_step else {}
         self._earlier_outside: dict[str, float] = earlier.get("outside_seconds", {})
-        self._facts = {**earlier, "started": earlier.get("started", time.time()), "sessions": earlier.get("sessions", 0) + 1}
+        self._facts = {
+            **earlier,
+            "started": earlier.get("started", time.time()),
+            "sessions": earlier.get("sessions", 0) + 1,
+        }
         self.record(
             status="running", ended=None, world_size=self._world_size, device=name, versions=hardware.versions(),
             total_steps=self._total_steps, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops,
             conventions=CONVENTIONS,
         )  # fmt: skip
         self._display = open_display(self._config.display, self._total_steps, resumed_step)
-        self._display.message("tokens/s is per process, of steps alone (no evaluation, no checkpoints)." + self._mfu_note())
+        self._display.message(
+            "tokens/s is per process, of steps alone (no evaluation, no checkpoints)." + self._mfu_note()
+        )
 
     def _mfu_note(self) -> str:
         if self._flops_per_token is None or self._peak_flops is None:
@@ -178,8 +184,8 @@ class Metrics:
         Args:
             step: which one, from 1.
             tokens: of the step, over all ranks, padding excluded.
-            loss: nats per token over all ranks. It, `grad_norm` and `extra` are read only where the step is due, so that
-                a step that is not recorded makes no device wait.
+            loss: nats per token over all ranks. It, `grad_norm` and `extra` are read only where the step is due, so
+                that a step that is not recorded makes no device wait.
             grad_norm: before clipping.
             learning_rate: of the step.
             traffic: label -> (messages, bytes) received by this rank in this step alone.
@@ -275,7 +281,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"Cannot write metrics to the run folder {folder} ({error.strerror}): free space there, or set another folder."
+            f"Cannot write metrics to the run folder {folder} ({error.strerror}): free space, or set another folder."
         ) from error
 
 

@@ -70,7 +70,7 @@ def _typical(steps: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def _seconds(steps: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds in training steps, and those of them spent waiting for data: a record speaks for the steps since the last."""
+    """Seconds in steps, and those of them spent waiting for data; a record speaks for the steps since the last."""
     total = loading = 0.0
     before = 0
     for record in steps:

@@ -10,12 +10,13 @@ from typing import Any
 from .collect import HELD_OUT, LOSS
 
 _CSS = """
-body{margin:0;background:#f6f7f9;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
+body{margin:0;background:#f6f7f9;color:#1f2933;
+font:15px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
 main{max-width:960px;margin:0 auto;padding:28px 24px 48px}
 h1{font-size:26px;margin:0}h2{font-size:16px;margin:0 0 10px}
 .sub{color:#6b7785;margin:2px 0 18px}
 .bad{color:#b42318;font-weight:600}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin-bottom:14px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:12px;margin-bottom:14px}
 .tile,section{background:#fff;border:1px solid #e3e8ee;border-radius:8px}
 .tile{padding:12px 14px}.tile b{display:block;font-size:22px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:#6b7785;font-size:13px}
@@ -83,11 +84,11 @@ def _tiles(report: dict[str, Any]) -> str:
     beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
     held_out, train = report["final"][HELD_OUT], report["final"][LOSS]
     tiles = [
-        (_number(held_out, "{:.3f}"), "held-out loss, nats/token" + (f" ({beside})" if beside else "")),
+        (_number(held_out, "{:.3f}"), "held-out loss, nats/token" + (f"; {beside}" if beside else "")),
         (_number(train, "{:.3f}"), "training loss of the last step"),
         (_number(report["throughput"], "{:,.0f}"), "tokens/s per process"),
         (_number(report["mfu"], "{:.1f}%"), f"MFU ({_number(report['tflops'], '{:.1f}')} TFLOP/s per process)"),
-        (_number(report["step_seconds"], "{:.3g} s"), "a step"),
+        ("" if report["step_seconds"] is None else duration(report["step_seconds"]), "a step"),
         (_number(report["memory_gib"], "{:.2f} GiB"), "peak memory of the main rank"),
         (_mebibytes(report["received_mib"]), "received by a rank in a step"),
         (_count(report["tokens_seen"]), "tokens trained on"),
@@ -188,6 +189,8 @@ def _mebibytes(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """3725 -> 1 h 2 min."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

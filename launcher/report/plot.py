@@ -14,7 +14,7 @@ Curve = Sequence[tuple[int, float]]
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 BLUE, ORANGE = "#2563eb", "#d9480f"
 _MOST_POINTS = 1500
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED,
     "ytick.color": MUTED, "axes.edgecolor": GRID, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "xtick.major.size": 0,
@@ -39,6 +39,7 @@ def draw(report: dict[str, Any]) -> str:
         rate = _thin(curves[RATE])
         bottom.plot(*_axes(rate), color=BLUE, linewidth=1.2)
         bottom.set_ylim(bottom=0)
+        bottom.margins(x=0.01)
         bottom.yaxis.set_major_formatter(EngFormatter(sep=""))
         bottom.yaxis.set_major_locator(MaxNLocator(3))
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -68,7 +69,7 @@ def _draw_loss(axes: Any, train: Curve, held_out: Curve, baselines: dict[str, fl
     seen = [value for _, value in (*points, *held_out) if math.isfinite(value)] + list(baselines.values())
     if seen:
         # A diverged run must not flatten the rest: the view ends a little above the baselines, or the usual loss.
-        ceiling = max([*baselines.values(), *sorted(value for value in seen)[: max(1, int(0.98 * len(seen)))]])
+        ceiling = max([*baselines.values(), *sorted(seen)[: max(1, int(0.98 * len(seen)))]])
         margin = 0.08 * max(ceiling - min(seen), 0.1)
         axes.set_ylim(min(seen) - margin, ceiling + margin)
     if points or held_out:
@@ -93,7 +94,7 @@ def _thin(curve: Curve) -> Curve:
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Mean over a centred window of about a thirtieth of the run; at the ends the window shrinks, so that it stays centred."""
+    """Mean over a window of about a thirtieth of the run; it shrinks at the ends, so that it stays centred."""
     half = len(curve) // 60
     result = []
     for index, (step, _) in enumerate(curve):
