@@ -1,9 +1,9 @@
 """The package as users meet it: floors that import downwards only, one command, and requirements that agree."""
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.resources
-import importlib.util
 import json
 import re
 import subprocess
@@ -139,6 +139,12 @@ def test_every_folder_with_code_is_a_package() -> None:
     assert not [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
 
 
+def test_launcher_shadows_no_standard_module() -> None:
+    """`torchrun launcher/train.py` puts launcher/ first on the path."""
+    names = {path.stem for path in (ROOT / "launcher").iterdir()}
+    assert not names & set(sys.stdlib_module_names)
+
+
 def test_types_and_configurations_are_found_as_resources() -> None:
     for floor in ("models", "parallel", "launcher"):
         assert importlib.resources.files(f"longhaul.{floor}").joinpath("py.typed").is_file()
@@ -213,7 +219,7 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_listed_command_exists(command: str) -> None:
-    assert importlib.util.find_spec(cli.COMMANDS[command][0]) is not None
+    assert callable(importlib.import_module(cli.COMMANDS[command][0]).main)
 
 
 @pytest.mark.parametrize(("typed", "remedy"), [("trian", "did you mean 'train'?"), ("zzz", "the commands are train, ")])
