@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -49,8 +48,17 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far, GiB: the allocator's active bytes on CUDA, the process's resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_stats(device).get("active_bytes.all.peak", 0) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return peak_resident_gib()
+
+
+def peak_resident_gib() -> float:
+    """Peak resident set of this process, GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its peak also holds that of the parent at the time of the fork.
+        kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kib) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
 def versions() -> dict[str, str]:

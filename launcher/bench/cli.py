@@ -1,0 +1,26 @@
+"""The command `longhaul bench`: a table of benchmarks, each imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from longhaul.models.errors import UserError
+
+# Benchmark -> module with `main(argv) -> int`, and one line of help.
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "step": ("longhaul.launcher.bench.step", "a training step beside Hugging Face's, on the same weights"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one benchmark."""
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {name:6} {text}" for name, (_, text) in BENCHMARKS.items()]
+        print("\n".join(["usage: longhaul bench NAME [ARGUMENTS]", "", *lines]))
+        return 0
+    if name not in BENCHMARKS:
+        raise UserError(f"There is no benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}.")
+    result: int = importlib.import_module(BENCHMARKS[name][0]).main(rest)
+    return result
