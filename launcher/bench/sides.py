@@ -1,6 +1,7 @@
 """The two sides of `bench step`: our model and Hugging Face's, of the same architecture, on the same weights.
 
-A side is a model and its training step without the optimizer: forward, loss (mean over all tokens but the last), backward.
+A side is a model and its training step without the optimizer: forward, loss (mean over all tokens but the last) and
+backward.
 Weights and gradients are compared under our names; `rename` turns those of Hugging Face into ours.
 """
 
