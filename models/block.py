@@ -8,27 +8,8 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .ffn import SwiGLU
-from .mixers.attention import SoftmaxAttention
-from .mixers.lightning import Lightning
-from .mixers.linear_attention import LinearAttention
-from .mixers.mamba2 import Mamba2
-from .mixers.retention import Retention
+from .mixers.registry import MIXERS
 from .sequence import SequenceShard
-
-
-def make_mixer(name: str, config: ModelConfig, layer: int) -> nn.Module:
-    """The mixer called `name` for block `layer` (from 0)."""
-    size, heads, eps = config.hidden_size, config.num_heads, config.norm_eps
-    if name == "attention":
-        return SoftmaxAttention(size, heads, config.num_kv_heads, config.attention)
-    if name == "linear_attention":
-        return LinearAttention(size, heads, config.linear_attention, eps)
-    if name == "lightning":
-        return Lightning(size, heads, config.lightning, layer, config.num_layers, eps)
-    if name == "retention":
-        return Retention(size, heads, config.retention, eps)
-    assert name == "mamba2", name
-    return Mamba2(size, config.mamba2, config.num_layers, eps)
 
 
 class Block(nn.Module):
@@ -38,26 +19,19 @@ class Block(nn.Module):
         super().__init__()
         letter = config.layers[layer]
         mixer = {"L": config.linear_mixer, "N": "attention", "M": "mamba2", "*": "attention", "-": None}[letter]
-        self.mixer = None if mixer is None else make_mixer(mixer, config, layer)
-        self.ffn = SwiGLU(config.hidden_size, config.ffn_width) if letter in "LN-" else None
+        self.mixer = None if mixer is None else MIXERS[mixer].build(config, layer)
+        self.ffn = SwiGLU(config.hidden_size, config.ffn_width, config.initializer_range) if letter in "LN-" else None
         self.mixer_norm = None if mixer is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn_norm = None if self.ffn is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.initializer_range = config.initializer_range
         for norm in (self.mixer_norm, self.ffn_norm):
             if norm is not None:
                 norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
     def reset_parameters(self) -> None:
-        """Published initialisation where a mixer has its own; N(0, initializer_range) elsewhere."""
+        """Initialise as published."""
         for module in (self.mixer, self.ffn):
-            if module is None:
-                continue
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-                continue
-            for child in module.modules():
-                if isinstance(child, nn.Linear):
-                    nn.init.normal_(child.weight, std=self.initializer_range)
+            if module is not None:
+                module.reset_parameters()  # type: ignore[operator]
         for norm in (self.mixer_norm, self.ffn_norm):
             if norm is not None:
                 nn.init.ones_(norm.weight)

@@ -9,10 +9,16 @@ from torch import Tensor, nn
 class SwiGLU(nn.Module):
     """`down(silu(gate x) * up x)`, [T, D] -> [T, D]."""
 
-    def __init__(self, hidden_size: int, ffn_width: int) -> None:
+    def __init__(self, hidden_size: int, ffn_width: int, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * ffn_width, bias=False)
         self.down = nn.Linear(ffn_width, hidden_size, bias=False)
+        self.initializer_range = initializer_range
+
+    def reset_parameters(self) -> None:
+        """N(0, initializer_range), as Llama."""
+        for linear in (self.gate_up, self.down):
+            nn.init.normal_(linear.weight, std=self.initializer_range)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -1,12 +1,15 @@
 """Differentiable collectives.
 
 The objective is the sum over ranks of local losses, so the adjoint of a gather is a reduce-scatter, and of a sum a sum.
-Replicated values (states) carry whole cotangents on every rank: `enter_replicated` and `leave_replicated` convert.
 In a recomputed forward nothing is sent: the tape gives back what was received.
+
+A collective in a backward must run on every rank, whatever a rank's data were. So each of these is one autograd function
+whose outputs always depend on its inputs: a fold in which some rank happens to read nothing still answers its peers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +19,6 @@ from torch.autograd.function import once_differentiable
 from longhaul.models.ops import recompute
 
 from .comm import Comm
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm, label: str) -> Tensor:  # type: ignore[override]
-        ctx.comm, ctx.label = comm, label
-        return recompute.begin(lambda: comm.all_gather(x, f"{label} forward")).wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.comm.reduce_scatter(grad, f"{ctx.label} backward").wait(), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -42,45 +33,84 @@ class _Sum(torch.autograd.Function):
         return ctx.comm.all_reduce(grad, f"{ctx.label} backward").wait(), None, None
 
 
-class _EnterReplicated(torch.autograd.Function):
+Fold = Callable[[tuple[Tensor, ...], tuple[Tensor, ...] | None], tuple[tuple[Tensor, ...], ...]]
+
+
+class _GatheredFold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm, label: str) -> Tensor:  # type: ignore[override]
-        ctx.comm, ctx.label = comm, label
-        return x.view_as(x)
+    def forward(  # type: ignore[override]
+        ctx: Any, fold: Fold, comm: Comm, label: str, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        element, state = tensors[:count], tensors[count:] or None
+        dtype = element[0].dtype
+        for tensor in element[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        flat = torch.cat([tensor.flatten(1).to(dtype) for tensor in element], dim=1)
+        whole = recompute.begin(lambda: comm.all_gather(flat, f"{label} forward")).wait()  # [P, N, n]
+        pieces = whole.split([tensor[0].numel() for tensor in element], dim=2)
+        gathered = tuple(
+            piece.reshape(comm.size, *tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, element)
+        )
+        before, after = fold(gathered, state)
+        outputs = tuple(tensor.clone() for tensor in (*before, *after))
+        ctx.mark_non_differentiable(*(tensor for tensor in outputs if not tensor.is_floating_point()))
+        ctx.fold, ctx.comm, ctx.label, ctx.count, ctx.kept = fold, comm, label, count, len(after)
+        ctx.save_for_backward(*gathered, *(state or ()))
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.comm.all_reduce(grad, f"{ctx.label} backward").wait(), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        comm: Comm = ctx.comm
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        gathered, state = tuple(leaves[: ctx.count]), tuple(leaves[ctx.count :]) or None
+        with torch.enable_grad():
+            before, after = ctx.fold(gathered, state)
+        # A state's cotangent is whole on every rank, so only one rank counts it.
+        counted = [*grads[: len(before)], *(grads[len(before) :] if comm.rank == 0 else [None] * ctx.kept)]
+        pairs = [(out, g) for out, g in zip((*before, *after), counted) if g is not None and out.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: dict[int, Tensor] = {}
+        if pairs:
+            outs, cotangents = zip(*pairs)
+            given = torch.autograd.grad(outs, wanted, cotangents, allow_unused=True, materialize_grads=True)
+            found = {id(leaf): grad for leaf, grad in zip(wanted, given)}
+        whole = [found.get(id(leaf), torch.zeros_like(leaf)) for leaf in leaves]
+        flat = torch.cat([g.flatten(2) for g, leaf in zip(whole, gathered) if leaf.is_floating_point()], dim=2)
+        own = comm.reduce_scatter(flat, f"{ctx.label} backward").wait()  # [P, N, n] -> [N, n]
+        results: list[Tensor | None] = []
+        start = 0
+        for leaf in gathered:
+            if not leaf.is_floating_point():
+                results.append(None)
+                continue
+            stop = start + leaf[0, 0].numel()
+            results.append(own[:, start:stop].reshape(leaf.shape[1:]).to(leaf.dtype))
+            start = stop
+        for leaf, grad, needed in zip(state or (), whole[ctx.count :], ctx.needs_input_grad[4 + ctx.count :]):
+            summed = comm.all_reduce(grad, f"{ctx.label} state backward").wait() if needed else None
+            results.append(summed if leaf.is_floating_point() else None)
+        return None, None, None, None, *results
 
 
-class _LeaveReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:  # type: ignore[override]
-        ctx.counted = comm.rank == 0
-        return x.view_as(x)
+def gathered_fold(
+    element: tuple[Tensor, ...], state: tuple[Tensor, ...] | None, fold: Fold, comm: Comm, label: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gather small elements in one message and fold them the same way on every rank.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad if ctx.counted else torch.zeros_like(grad), None
+    Args:
+        element: [N, ...] each; integers travel with them but carry no gradient.
+        state: replicated tensors, or None.
+        fold: from ([P, N, ...] each, state) to (what this rank takes, what is replicated); traced again in the backward.
 
-
-def gather(x: Tensor, comm: Comm, label: str) -> Tensor:
-    """[...] -> [P, ...], every rank's `x`; gradients are summed back to their owners."""
-    return _Gather.apply(x, comm, label)
+    Returns:
+        The two results of `fold`.
+    """
+    extra = () if state is None else state
+    outputs = _GatheredFold.apply(fold, comm, label, len(element), *element, *extra)
+    return outputs[: len(element)], outputs[len(element) :]
 
 
 def all_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
     """The sum of `x` over ranks, for use in every rank's own loss."""
     return _Sum.apply(x, comm, label)
-
-
-def enter_replicated(x: Tensor, comm: Comm, label: str) -> Tensor:
-    """A replicated value that each rank uses for its own part: their gradients add up to the whole cotangent."""
-    return _EnterReplicated.apply(x, comm, label)
-
-
-def leave_replicated(x: Tensor, comm: Comm) -> Tensor:
-    """A value every rank computed alike, handed out as replicated: its whole cotangent is counted once."""
-    return _LeaveReplicated.apply(x, comm)

@@ -20,7 +20,7 @@ from longhaul.models.sequence import Element, KVState, Monoid, SequenceShard, to
 
 from .comm import Comm
 from .exchange.base import Exchange
-from .functional import all_sum, enter_replicated, gather, leave_replicated
+from .functional import all_sum, gathered_fold
 from .layout import SequenceLayout
 
 
@@ -128,21 +128,22 @@ class RankShard(SequenceShard):
 
         `alone` is what a part that is cut leaves behind, `combine` what a part adds to what came before it.
         """
-        gathered = gather_many(element, self.comm, label)  # [P, N, ...] each
-        zero = empty(tuple(tensor[0, 0] for tensor in gathered))
-        running = zero
-        if state is not None:
-            running = tuple(enter_replicated(tensor, self.comm, f"{label} state") for tensor in state)
-        before: dict[int, tuple[Tensor, ...]] = {}
-        for link in self.chain:
-            if link.owner == self.comm.rank:
-                before[link.slot] = running if link.enters else zero
-            own = tuple(tensor[link.owner, link.slot] for tensor in gathered)
-            if link.length:
-                running = alone(own, link) if link.cut else combine(running, own, link)
-        stacked = tuple(torch.stack(parts) for parts in zip(*(before[slot] for slot in sorted(before))))
-        after = tuple(leave_replicated(tensor, self.comm) for tensor in running) if self.keep_state else None
-        return stacked, after
+
+        def fold(gathered: tuple[Tensor, ...], state: tuple[Tensor, ...] | None) -> tuple[tuple[Tensor, ...], ...]:
+            zero = empty(tuple(tensor[0, 0] for tensor in gathered))
+            running = zero if state is None else state
+            before: dict[int, tuple[Tensor, ...]] = {}
+            for link in self.chain:
+                if link.owner == self.comm.rank:
+                    before[link.slot] = running if link.enters else zero
+                own = tuple(tensor[link.owner, link.slot] for tensor in gathered)
+                if link.length:
+                    running = alone(own, link) if link.cut else combine(running, own, link)
+            stacked = tuple(torch.stack(parts) for parts in zip(*(before[slot] for slot in sorted(before))))
+            return stacked, running if self.keep_state else ()
+
+        before, after = gathered_fold(element, state, fold, self.comm, label)
+        return before, after if self.keep_state else None
 
 
 class _Carry:
@@ -156,19 +157,6 @@ class _Carry:
 
     def mark(self, event: str) -> None:
         self.exchange.comm.ledger.mark(event)
-
-
-def gather_many(element: tuple[Tensor, ...], comm: Comm, label: str) -> tuple[Tensor, ...]:
-    """Gather several tensors [N, ...] in one message: [P, N, ...] each."""
-    dtype = element[0].dtype
-    for tensor in element[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    flat = torch.cat([tensor.flatten(1).to(dtype) for tensor in element], dim=1)
-    whole = gather(flat, comm, label)
-    pieces = whole.split([tensor[0].numel() for tensor in element], dim=2)
-    return tuple(
-        piece.reshape(comm.size, *tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, element)
-    )
 
 
 def _like(element: Element, parts: Sequence[Tensor]) -> Element:

@@ -14,6 +14,7 @@ Legend: T tokens held here, D model width, H heads, Hkv key/value heads, K head 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ from ..errors import UserError
 from ..ops.attention import Mask
 from ..ops.rope import rope
 from ..sequence import KVState, SequenceShard
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,29 @@ class AttentionConfig:
 class SoftmaxAttention(nn.Module):
     """[T, D] -> [T, D]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None, config: AttentionConfig) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        config: AttentionConfig,
+        initializer_range: float = 0.02,
+    ) -> None:
         super().__init__()
+        self.initializer_range = initializer_range
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim, self.config = hidden_size // num_heads, config
         self.qkv = nn.Linear(hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> SoftmaxAttention:
+        return cls(model.hidden_size, model.num_heads, model.num_kv_heads, model.attention, model.initializer_range)
+
+    def reset_parameters(self) -> None:
+        """N(0, initializer_range), as Llama."""
+        for linear in (self.qkv, self.out):
+            nn.init.normal_(linear.weight, std=self.initializer_range)
 
     def forward(self, x: Tensor, shard: SequenceShard, state: KVState | None = None) -> tuple[Tensor, KVState | None]:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .linear_attention import LinearAttention, LinearAttentionConfig
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 SLOPES = ("alibi", "minimax", "linear")
 
@@ -78,6 +82,10 @@ class Lightning(LinearAttention):
         super().__init__(hidden_size, num_heads, config, norm_eps)
         self._decay = (config.slopes, num_heads, layer, num_layers)
         self.register_buffer("decay", lightning_log_decay(*self._decay).to(torch.get_default_dtype()), persistent=False)
+
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> Lightning:
+        return cls(model.hidden_size, model.num_heads, model.lightning, layer, model.num_layers, model.norm_eps)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

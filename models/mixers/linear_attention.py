@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -68,9 +71,7 @@ class LinearState(NamedTuple):
 class LinearAttention(nn.Module):
     """[T, D] -> [T, D]. A subclass gives the heads a decay (`log_decay`, [H]) or rotates q and k."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, config: LinearAttentionConfig, norm_eps: float = 1e-5
-    ) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, config: LinearAttentionConfig, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.config = num_heads, hidden_size // num_heads, config
         self.phi = FEATURE_MAPS[config.feature_map]
@@ -79,6 +80,10 @@ class LinearAttention(nn.Module):
         self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> LinearAttention:
+        return cls(model.hidden_size, model.num_heads, model.linear_attention, model.norm_eps)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform with gain 2 ** -2.5, as Linear-MoE initialises its linear layers."""
@@ -94,9 +99,7 @@ class LinearAttention(nn.Module):
         """A position-dependent rotation of q and k, [T, H, K] -> [T, H, K]."""
         return x
 
-    def forward(
-        self, x: Tensor, shard: SequenceShard, state: LinearState | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, shard: SequenceShard, state: LinearState | None = None) -> tuple[Tensor, LinearState]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)  # [T, 3 D] -> [T, H, K] each
         q, k = self.rotate(self.phi(q), shard) * self.head_dim**-0.5, self.rotate(self.phi(k), shard)
         if self.config.normalize:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from ..errors import UserError
 from ..ops.convolution import causal_conv
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,10 @@ class Mamba2(nn.Module):
         for parameter in (self.conv_bias, self.A_log, self.dt_bias, self.D, self.norm_weight):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]
 
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> Mamba2:
+        return cls(model.hidden_size, model.mamba2, model.num_layers, model.norm_eps)
+
     def reset_parameters(self) -> None:
         """As released: A ~ U(1, 16), dt log-uniform (floor 1e-4) through the inverse softplus, D = 1."""
         config = self.config
@@ -113,9 +120,7 @@ class Mamba2(nn.Module):
             self.D.fill_(1)
             self.norm_weight.fill_(1)
 
-    def forward(
-        self, x: Tensor, shard: SequenceShard, state: Mamba2State | None = None
-    ) -> tuple[Tensor, Mamba2State]:
+    def forward(self, x: Tensor, shard: SequenceShard, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
         config = self.config
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         context, conv_state = shard.halo(xBC, config.conv_width - 1, None if state is None else state.conv)

@@ -13,6 +13,7 @@ The paper's xPos scaling is the decay itself; only its rotation remains to be ap
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from ..ops.rope import rope
 from ..sequence import SequenceShard
 from .linear_attention import LinearAttention, LinearAttentionConfig
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,10 @@ class Retention(LinearAttention):
     def __init__(self, hidden_size: int, num_heads: int, config: RetentionConfig, norm_eps: float = 1e-5) -> None:
         super().__init__(hidden_size, num_heads, config, norm_eps)
         self.register_buffer("decay", retention_log_decay(num_heads).to(torch.get_default_dtype()), persistent=False)
+
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> Retention:
+        return cls(model.hidden_size, model.num_heads, model.retention, model.norm_eps)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

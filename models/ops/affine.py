@@ -99,7 +99,7 @@ class AffineMap:
     def unpack(self, payload: Tensor, lengths: Sequence[int]) -> AffineMap:
         """Maps of the same kind and shape; `payload` [N', n], `lengths`: tokens of each of the N' parts."""
         size = math.prod(self.offset.shape[1:]) * (2 if self.offset.is_complex() else 1)
-        offset = _from_real(payload[:, :size], self.offset.is_complex()).reshape(-1, *self.offset.shape[1:])
+        offset = _from_real(payload[:, :size], self.offset.is_complex()).reshape(len(payload), *self.offset.shape[1:])
         linear = payload[:, size:] if payload.shape[1] > size else None
         return AffineMap(offset, self.linear.unpack(linear, lengths))
 
@@ -274,20 +274,20 @@ class Dense(Linear):
 
     @classmethod
     def from_vjp(cls, vjp: Vjp, offset: Tensor) -> Dense:
-        # Columns of an identity, at most V of them a time, give rows of M: (M^T e_i) is row i of M.
+        # Columns of an identity, at most V of them a time, give rows of M: (M^H e_i) is row i of M, conjugated.
         width_k, width_v = offset.shape[-2:]
         rows = []
         for start in range(0, width_k, width_v):
             count = min(width_v, width_k - start)
-            probe = torch.zeros_like(offset)
+            probe = torch.zeros_like(offset, memory_format=torch.contiguous_format)
             index = torch.arange(count, device=offset.device)
             probe[..., start + index, index] = 1
-            rows.append(vjp(probe)[..., :count].mT)
+            rows.append(vjp(probe)[..., :count].mT.conj().resolve_conj())
         return cls(torch.cat(rows, dim=-2))
 
 
 def _scale_from_vjp(vjp: Vjp, offset: Tensor, axes: int) -> Tensor:
-    probe = torch.zeros_like(offset)
+    probe = torch.zeros_like(offset, memory_format=torch.contiguous_format)
     if axes == offset.dim() - 1:
         return vjp(torch.ones_like(offset))
     # M repeats along the trailing axes, so the first entry along them tells it.
@@ -302,7 +302,8 @@ def _lift(value: Tensor, state: Tensor) -> Tensor:
 
 
 def _to_real(values: Tensor) -> Tensor:
-    return (torch.view_as_real(values.resolve_conj()) if values.is_complex() else values).flatten(1)
+    plain = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return plain.reshape(len(plain), math.prod(plain.shape[1:]))
 
 
 def _from_real(values: Tensor, is_complex: bool) -> Tensor:

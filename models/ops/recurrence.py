@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import recompute
-
 from .affine import AffineMap, Linear, accumulate_dtype
 from .segments import Documents, Segments
 

@@ -1,8 +1,9 @@
 """The scalar-decay recurrence in chunks.
 
 `S_t = exp(a_t) S_{t-1} + k_t^T v_t`, `o_t = q_t S_t` with one log decay `a_t <= 0` per head: identity (basic linear
-attention), constant (Lightning, Retention) or data-dependent (Mamba-2). The state-space dual form of Dao & Gu, "Transformers are SSMs"
-(arXiv 2405.21060), section 6: products inside a chunk, chunk states, a recurrence over chunk states, states to outputs.
+attention), constant (Lightning, Retention) or data-dependent (Mamba-2). The state-space dual form of Dao & Gu,
+"Transformers are SSMs" (arXiv 2405.21060), section 6: products inside a chunk, chunk states, a recurrence over chunk
+states, states to outputs.
 
 Inside a chunk, with `c_i` the log decay summed from the chunk's (or the document's) first token to token i, inclusive,
 

@@ -1,0 +1,47 @@
+"""Mixers by name. A new one is a file, a line here, and a field of `ModelConfig` with its options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from ..sequence import SequenceShard
+from .attention import SoftmaxAttention
+from .lightning import Lightning
+from .linear_attention import LinearAttention
+from .mamba2 import Mamba2
+from .retention import Retention
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+
+class Mixer(Protocol):
+    """What a mixer class offers; it is an `nn.Module`."""
+
+    @classmethod
+    def build(cls, model: ModelConfig, layer: int) -> nn.Module:
+        """The mixer of block `layer` (from 0), from the model's configuration."""
+        ...
+
+    def reset_parameters(self) -> None:
+        """Initialise as published."""
+        ...
+
+    def forward(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+        """[T, D] -> [T, D], and a NamedTuple of tensors (None entries unless `shard.keep_state`)."""
+        ...
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """Forward FLOPs of one token of a document of `seq_length` tokens."""
+        ...
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": SoftmaxAttention,
+    "linear_attention": LinearAttention,
+    "lightning": Lightning,
+    "retention": Retention,
+    "mamba2": Mamba2,
+}
