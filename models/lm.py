@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.register_parameter("weight", self.embedding.get_parameter("weight"))
         self.activation_checkpointing = "none"
         self.reset_parameters()
 

@@ -23,13 +23,13 @@ from .comm import Comm
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm, label: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, comm: Comm, label: str) -> Tensor:
         ctx.comm, ctx.label = comm, label
         return recompute.begin(lambda: comm.all_reduce(x, f"{label} forward")).wait()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.comm.all_reduce(grad, f"{ctx.label} backward").wait(), None, None
 
 
@@ -38,7 +38,7 @@ Fold = Callable[[tuple[Tensor, ...], tuple[Tensor, ...] | None], tuple[tuple[Ten
 
 class _GatheredFold(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, fold: Fold, comm: Comm, label: str, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         element, state = tensors[:count], tensors[count:] or None
@@ -60,7 +60,7 @@ class _GatheredFold(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         comm: Comm = ctx.comm
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
         gathered, state = tuple(leaves[: ctx.count]), tuple(leaves[ctx.count :]) or None

@@ -224,7 +224,7 @@ class ChunkedRecurrence(Recurrence):
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         op: Recurrence,
         segments: Segments,
@@ -247,7 +247,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dS_end: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor, dS_end: Tensor | None) -> tuple[Tensor | None, ...]:
         op, segments, carry = ctx.op, ctx.segments, ctx.carry
         *tensors, S_in, out = ctx.saved_tensors
         x, saved = tuple(tensors[: ctx.num_x]), tuple(tensors[ctx.num_x :])

@@ -128,7 +128,7 @@ class _Plan:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out, lse, k_end, v_end = recompute.keep(lambda: _forward(plan, q, k, v, (k_past, v_past)))
@@ -138,7 +138,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dout: Tensor, dk_end: Tensor | None, dv_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
