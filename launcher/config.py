@@ -1,0 +1,275 @@
+"""What a run is: one frozen dataclass per concern, a YAML file's keys and the command line's flags alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from longhaul.launcher.data import DataConfig
+from longhaul.launcher.metrics import MetricsConfig
+from longhaul.models.config import ModelConfig
+from longhaul.models.errors import UserError
+from longhaul.parallel.data import BACKENDS
+from longhaul.parallel.mesh import Degrees
+
+SCHEMA_VERSION = 1
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "wsd", "constant")
+PRECISIONS = ("fp32", "bf16")
+RECOMPUTE = ("none", "full")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}.")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:  # true for NaN
+        raise UserError(f"{name} is {value}: give {least} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How processes share the work; the product of the degrees is the number of processes."""
+
+    data_parallel_size: int | None = None
+    """Groups of processes that read different streams; what the other degrees leave over if left out."""
+
+    tensor_parallel_size: int = 1
+    """Processes that share each matrix; only 1 yet."""
+
+    pipeline_parallel_size: int = 1
+    """Processes that share the layers; only 1 yet."""
+
+    sequence_parallel_size: int = 1
+    """Processes that share the tokens of each stream."""
+
+    expert_parallel_size: int = 1
+    """Processes that share experts; only 1 yet."""
+
+    data_parallel_backend: str = "fsdp"
+    """`fsdp` shards parameters, gradients and optimizer over all processes; `ddp` keeps them whole on each."""
+
+    parameter_dtype: str = "fp32"
+    """In which type fsdp gathers parameters: fp32 or bf16. Gradients are summed in fp32 in any case."""
+
+    exchange: str = "all_gather"
+    """How recurrent states travel between processes of a sequence."""
+
+    attention: str = "all_gather"
+    """How softmax attention reaches keys and values of other processes."""
+
+    layout: str = "contiguous"
+    """How the tokens of a stream are spread over the processes of a sequence."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "expert"):
+            size = getattr(self, f"{name}_parallel_size")
+            if size != 1:
+                raise UserError(
+                    f"parallel.{name}_parallel_size is {size}, but {name} parallelism is not there yet: leave it at 1 "
+                    "and use parallel.sequence_parallel_size or parallel.data_parallel_size."
+                )
+        _one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
+        _one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
+        if self.parameter_dtype != "fp32" and self.data_parallel_backend != "fsdp":
+            raise UserError(
+                f"parallel.parameter_dtype {self.parameter_dtype} needs parallel.data_parallel_backend fsdp, not "
+                f"{self.data_parallel_backend}; for bf16 products under ddp set train.precision to bf16."
+            )
+
+    def degrees(self, world_size: int) -> Degrees:
+        """The mesh's shape; UserError if the degrees do not make `world_size` processes."""
+        return Degrees.resolve(
+            world_size,
+            data=self.data_parallel_size,
+            pipeline=self.pipeline_parallel_size,
+            sequence=self.sequence_parallel_size,
+            tensor=self.tensor_parallel_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How gradients become weights."""
+
+    name: str = "adamw"
+    """`adamw` or `sgd` (plain: no momentum)."""
+
+    lr: float = 1e-3
+    """Learning rate after the warm-up."""
+
+    min_lr: float = 1e-4
+    """Learning rate at the end of the decay."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging of gradients and of their squares."""
+
+    eps: float = 1e-8
+    """AdamW's guard against division by zero."""
+
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases, A_log, dt_bias and D never decay."""
+
+    clip: float = 1.0
+    """Gradients are scaled so that their global norm is at most this; 0 never scales."""
+
+    schedule: str = "cosine"
+    """`cosine` from lr to min_lr; `wsd`: warm-up, stable, linear decay at the end; `constant`."""
+
+    warmup_steps: int = 20
+    """Steps in which the learning rate rises linearly."""
+
+    decay_steps: int | None = None
+    """Length of the decay: cosine: all steps after the warm-up; wsd: the last fifth of the steps, if left out."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("lr", "min_lr", "eps", "weight_decay", "clip", "warmup_steps"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if self.decay_steps is not None:
+            _at_least("optimizer.decay_steps", self.decay_steps, 1)
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise UserError(
+                f"optimizer.min_lr {self.min_lr:g} is above optimizer.lr {self.lr:g}: the rate decays from lr to min_lr."
+            )
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise UserError(f"optimizer.betas holds {beta}: give two numbers, at least 0 and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how much at once, and in which precision."""
+
+    steps: int = 200
+    """Optimizer steps."""
+
+    global_batch_size: int | None = None
+    """Streams in one step over all processes; one for each data-parallel group if left out."""
+
+    micro_batch_size: int = 1
+    """Streams in one forward. Always 1: a stream is already a pack of documents, and data.seq_length makes it longer."""
+
+    seed: int = 1
+    """Seed of the initial weights."""
+
+    precision: str = "fp32"
+    """`fp32`, or `bf16`: products in bfloat16 by autocast, weights and sums in float32."""
+
+    activation_checkpointing: str = "none"
+    """`none` keeps activations; `full` recomputes each layer in the backward, and sends nothing again."""
+
+    eval_every: int = 0
+    """Steps between evaluations on held-out documents; 0 evaluates after the last step only."""
+
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run; some are slower on GPUs."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda where there is a GPU."""
+
+    timeout: float = 300.0
+    """Seconds a process waits for another before the run fails."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("seed", 0), ("eval_every", 0)):
+            _at_least(f"train.{name}", getattr(self, name), least)
+        if not self.timeout > 0:
+            raise UserError(f"train.timeout is {self.timeout}: give a number of seconds above 0.")
+        if self.micro_batch_size != 1:
+            raise UserError(
+                f"train.micro_batch_size is {self.micro_batch_size}: only 1 is possible, because a stream has no batch "
+                "axis; raise data.seq_length for more tokens at once, or train.global_batch_size for more a step."
+            )
+        if self.global_batch_size is not None:
+            _at_least("train.global_batch_size", self.global_batch_size, 1)
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
+        _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where results lie, how often they are saved, and where a run goes on."""
+
+    folder: str = "runs/default"
+    """The run's folder: checkpoints step_N, LATEST, resolved_config.yaml, metrics and report."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is saved in any case, unless this is 0: then nothing is."""
+
+    keep: int = 2
+    """The newest so many checkpoints are kept, older ones deleted; 0 keeps all."""
+
+    resume: str = "auto"
+    """`auto` goes on from the folder's newest good checkpoint if there is one; `never` wants a folder without any; else
+    the path of a run's folder or of one step_N."""
+
+    background: bool = True
+    """Write while training goes on; the state is copied first."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 0)
+        _at_least("checkpoint.keep", self.keep, 0)
+        for name in ("folder", "resume"):
+            if not getattr(self, name):
+                raise UserError(f"checkpoint.{name} is empty: give a value or leave the key out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of these keys; a file of another version is refused instead of misread."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Documents and streams."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
+
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length and precision."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What is shown and recorded."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise UserError(
+                f"schema_version is {self.schema_version}, but this version of Longhaul reads {SCHEMA_VERSION}: see "
+                "CHANGELOG.md for what changed, mend the file and set schema_version."
+            )
+
+    def resolve(self, world_size: int) -> TrainConfig:
+        """Every derived number filled in for `world_size` processes; UserError if something does not fit together."""
+        degrees = self.parallel.degrees(world_size)
+        batch = self.train.global_batch_size or degrees.data
+        if batch % degrees.data:
+            raise UserError(
+                f"train.global_batch_size {batch} is not a multiple of the {degrees.data} data-parallel groups: give a "
+                f"multiple of {degrees.data}."
+            )
+        if self.data.carry_state and degrees.data > 1:
+            raise UserError(
+                f"data.carry_state needs data_parallel_size 1, not {degrees.data}: a stream goes on in the next one, "
+                "which another group reads at the same time; use parallel.sequence_parallel_size instead."
+            )
+        return replace(
+            self,
+            parallel=replace(self.parallel, data_parallel_size=degrees.data),
+            train=replace(self.train, global_batch_size=batch),
+        )

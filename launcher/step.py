@@ -1,0 +1,119 @@
+"""One optimizer step and one evaluation: the loss of law 5.
+
+loss = sum over valid tokens / global count of valid tokens, over data x sequence x micro-batches. The count is known
+before the first forward, so every process scales its own sum by it and gradients are only ever added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from longhaul.parallel.data import DataParallel
+from longhaul.parallel.engine import SequenceParallel
+from longhaul.parallel.runtime import Runtime
+
+from .batches import place
+from .data import Stream, ValidationStreams
+from .optimizer import set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step says of itself, the same on every process."""
+
+    loss: float
+    """Nats per valid token over the whole step; 0 if no token was valid."""
+    gradient_norm: float
+    """Before clipping."""
+    weight: float
+    """Valid tokens of the step."""
+    stop_signal: int
+    """The signal that asks any process to stop, 0 if none does."""
+
+
+class Stepper:
+    """Runs a model on this process's part of the streams.
+
+    Args:
+        model: with gradients summed over processes.
+        engine: how a stream is spread over the sequence group.
+        runtime: this process.
+        optimizer: of the model's parameters.
+        clip: largest gradient norm; 0 never scales.
+        precision: `fp32` or `bf16`.
+        carry_state: a stream's first document goes on from the state the stream before ended with.
+        stop_signal: asked at every boundary.
+    """
+
+    def __init__(
+        self,
+        model: DataParallel,
+        engine: SequenceParallel,
+        runtime: Runtime,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float = 0.0,
+        precision: str = "fp32",
+        carry_state: bool = False,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.model, self.engine, self.runtime, self.optimizer = model, engine, runtime, optimizer
+        self.clip, self.bf16, self.carry_state, self.stop_signal = clip, precision == "bf16", carry_state, stop_signal
+        self.state: Any = None
+        """Carried from the stream before; detached: gradients end at a stream's start."""
+
+    def train(self, streams: Sequence[Stream], rate: float) -> StepResult:
+        """One optimizer step on the streams of this process's data-parallel group, one after another."""
+        device = self.runtime.device
+        weight = self.model.sum_over_streams(sum(float(stream.weights.sum()) for stream in streams), device)
+        scale = 1.0 / max(weight, 1.0)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for index, stream in enumerate(streams):
+            batch = place(stream, self.engine, device, self.carry_state)
+            with self.model.accumulate(last=index == len(streams) - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                    output = self.model(batch.tokens, batch.shard, self.state, labels=batch.labels, weights=batch.weights)
+                (output.loss_sum * scale).backward()
+            loss += output.loss_sum.detach()
+            if self.carry_state:
+                self.state = tree_map_only(torch.Tensor, torch.Tensor.detach, output.state)
+        norm = self.model.clip_gradients(self.clip)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self.runtime.sum([loss.item()])[0]
+        signal = self.runtime.maximum(self.stop_signal())
+        return StepResult(total * scale, norm.item(), weight, signal)
+
+    @torch.no_grad()
+    def evaluate(self, streams: ValidationStreams, data_rank: int, data_size: int) -> tuple[float, float, int]:
+        """The loss over held-out streams.
+
+        Returns:
+            Nats per valid token, valid tokens, and the signal that cut the evaluation short (0: none did).
+        """
+        device = self.runtime.device
+        totals = [0.0, 0.0]
+        self.model.model.eval()
+        signal = 0
+        for first in range(0, len(streams), data_size):
+            # Every process takes part in every forward; one without a stream left runs the last one at weight zero.
+            index = first + data_rank
+            stream = streams[min(index, len(streams) - 1)]
+            batch = place(stream, self.engine, device)
+            weights = batch.weights if index < len(streams) else torch.zeros_like(batch.weights)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                output = self.model(batch.tokens, batch.shard, None, labels=batch.labels, weights=weights)
+            totals[0] += float(output.loss_sum)
+            totals[1] += float(output.weight_sum)
+            signal = self.runtime.maximum(self.stop_signal())
+            if signal:
+                break
+        self.model.model.train()
+        loss, weight = self.runtime.sum(totals)
+        return loss / max(weight, 1.0), weight, signal

@@ -1,0 +1,329 @@
+"""A training run from its first step to its report."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longhaul.models.errors import UserError
+from longhaul.models.lm import LanguageModel
+from longhaul.models.ops.segments import Documents
+from longhaul.parallel.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    SaveError,
+    find,
+    remove_leftovers,
+    steps_in,
+    write_atomically,
+)
+from longhaul.parallel.comm import Comm, Ledger
+from longhaul.parallel.data import DataParallel
+from longhaul.parallel.engine import SequenceParallel
+from longhaul.parallel.mesh import ParallelMesh
+from longhaul.parallel.runtime import Runtime
+
+from .batches import stream_indices
+from .config import TrainConfig
+from .data import Data, load_data
+from .facts import baselines, describe_run
+from .finish import write_results
+from .load import RESOLVED
+from .metrics import Metrics, traffic_of
+from .optimizer import learning_rate, make_optimizer, undecayed_names
+from .parsing import to_yaml
+from .state import check_fingerprint, collect, fingerprint, restore
+from .step import Stepper
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps done since the beginning of the run, sessions before this one included."""
+    stop_signal: int = 0
+    """What stopped it before its last step; 0 if nothing did."""
+    held_out_loss: float | None = None
+    """Nats per token after the last step, if something is held out."""
+
+
+class Trainer:
+    """Everything of a run on one process. Every process makes one and calls `run`.
+
+    Args:
+        config: the run; derived numbers may still be open.
+        runtime: this process among the others.
+        stop_signal: asked at every boundary; a number above 0 on any process ends the run after saving.
+
+    Raises:
+        UserError: something does not fit together; on every process alike.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, stop_signal: Callable[[], int] = lambda: 0) -> None:
+        self.config = config = config.resolve(runtime.world_size)
+        self.runtime, self.stop_signal = runtime, stop_signal
+        self.folder = Path(config.checkpoint.folder)
+        runtime.on_main(lambda: _prepare_folder(self.folder))
+        torch.use_deterministic_algorithms(config.train.deterministic)
+        self.data = _load_on_every_machine(config, runtime)
+        self.mesh = ParallelMesh(config.parallel.degrees(runtime.world_size), runtime.rank, runtime.device.type)
+        self.ledger = Ledger()
+        self.engine = SequenceParallel(
+            Comm(self.mesh.sequence_group, self.ledger),
+            config.parallel.exchange,
+            config.parallel.attention,
+            config.parallel.layout,
+        )
+        if config.model.vocab_size < self.data.tokenizer.vocab_size:
+            raise UserError(
+                f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
+                f"{self.data.tokenizer.vocab_size}: raise it to at least that, best a multiple of 8."
+            )
+        torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
+        model = LanguageModel(config.model).to(runtime.device)
+        model.activation_checkpointing = config.train.activation_checkpointing
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops_per_token = model.flops_per_token(config.data.seq_length)
+        undecayed = undecayed_names(model)
+        self.model = DataParallel(
+            model,
+            self.mesh,
+            config.parallel.data_parallel_backend,
+            blocks=tuple(model.layers),
+            parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
+            ledger=self.ledger,
+        )
+        self.optimizer = make_optimizer(model, config.optimizer, undecayed)
+        self.stepper = Stepper(
+            self.model,
+            self.engine,
+            runtime,
+            self.optimizer,
+            clip=config.optimizer.clip,
+            precision=config.train.precision,
+            carry_state=config.data.carry_state,
+            stop_signal=stop_signal,
+        )
+        self.checkpoints = Checkpoints(self.folder, runtime, config.checkpoint.keep, config.checkpoint.background)
+        self.fingerprint = fingerprint(config, self.data)
+        self.step = 0
+        self.consumed = 0
+        """Samples read by all sessions of the run: the position in the data."""
+        self.messages: list[str] = []
+        self._resume()
+        runtime.on_main(self._claim_folder)
+
+    def _resume(self) -> None:
+        checkpoint, self.messages = self.runtime.on_main(lambda: find_start(self.config, self.fingerprint))
+        if checkpoint is None:
+            return
+        self.stepper.state = restore(
+            checkpoint,
+            self.model.model,
+            self.optimizer,
+            self.runtime.rank,
+            self.runtime.device,
+            carried_like=self._state_of_one_token,
+        )
+        self.step, self.consumed = checkpoint.step, int(checkpoint.facts["samples"])
+        if checkpoint.path.resolve().parent == self.folder.resolve():
+            self.checkpoints.last_good = self.folder / checkpoint.path.name
+        self.messages.append(f"going on from {checkpoint.path}, {self.consumed} samples read")
+
+    @torch.no_grad()
+    def _state_of_one_token(self) -> Any:
+        shard = self.engine.shard(Documents((0, 1)), self.runtime.device, keep_state=True)
+        first, last = self.engine.local_tokens(1)[0]
+        tokens = torch.zeros(last - first, dtype=torch.int64, device=self.runtime.device)
+        return self.model(tokens, shard)[1]
+
+    def _claim_folder(self) -> None:
+        remove_leftovers(self.folder)
+        copies = 3 if self.config.optimizer.name == "adamw" else 1
+        needed = self.parameters * 4 * copies if self.config.checkpoint.every else 0
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"A checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has only {free / 2**20:.0f} MiB free: "
+                "make room or give another checkpoint.folder."
+            )
+        try:
+            write_atomically(self.folder / RESOLVED, to_yaml(self.config))
+        except OSError as error:
+            raise UserError(f"Cannot write to checkpoint.folder {self.folder} ({error.strerror}).") from None
+
+    def run(self) -> Outcome:
+        """Train to the last step, or until a signal; then save, evaluate and report."""
+        steps = self.config.train.steps
+        with Metrics(
+            self.config.metrics,
+            self.folder,
+            is_main=self.runtime.is_main,
+            world_size=self.runtime.world_size,
+            total_steps=steps,
+            resumed_step=self.step,
+            flops_per_token=self.flops_per_token,
+            device=self.runtime.device,
+        ) as metrics:
+            metrics.record(**describe_run(self.config, self.data, self.parameters, self.runtime.world_size))
+            if self.runtime.is_main:
+                metrics.record(baselines=baselines(self.data))
+            for message in (*self.mesh.describe().splitlines(), *self.messages):
+                metrics.message(message)
+            stopped = self.runtime.maximum(self.stop_signal())
+            loss: float | None = None
+            while self.step < steps and not stopped:
+                stopped = self._one_step(metrics)
+                every = self.config.train.eval_every
+                if not stopped and every and self.step % every == 0 and self.step < steps:
+                    loss, stopped = self._evaluate(metrics)
+                every = self.config.checkpoint.every
+                if not stopped and every and self.step % every == 0 and self.step < steps:
+                    self._save(metrics, final=False)
+            if self.step < steps:
+                self._save(metrics, final=True)
+                metrics.close(f"stopped by {signal.Signals(stopped).name}")
+                return Outcome(self.step, stopped)
+            # Saved before it is judged: an evaluation may take long, and it too may be interrupted.
+            self._save(metrics, final=True)
+            loss, stopped = self._evaluate(metrics)
+            metrics.close(f"stopped by {signal.Signals(stopped).name}" if stopped else "finished")
+        if self.runtime.is_main and not stopped:
+            write_results(self.folder, self.data)
+        return Outcome(self.step, stopped, loss)
+
+    def _one_step(self, metrics: Metrics) -> int:
+        config = self.config
+        metrics.start_step()
+        self.ledger.reset()
+        batch = config.train.global_batch_size
+        assert batch is not None, "resolved"
+        with metrics.loading():
+            indices = stream_indices(self.consumed, batch, self.mesh.data_rank, self.mesh.degrees.data)
+            streams = [self.data.train.stream(index) for index in indices]
+        rate = learning_rate(config.optimizer, self.step, config.train.steps)
+        result = self.stepper.train(streams, rate)
+        if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+            self._settle(metrics)
+            raise UserError(
+                f"Step {self.step + 1} gave loss {result.loss} and gradient norm {result.gradient_norm}, so the run "
+                f"stopped without saving it: lower optimizer.lr ({config.optimizer.lr:g}) or raise "
+                f"optimizer.warmup_steps; the last good checkpoint is {self.checkpoints.last_good or 'none'}."
+            )
+        self.step += 1
+        self.consumed += batch
+        metrics.log(
+            self.step,
+            tokens=batch * config.data.seq_length,
+            loss=result.loss,
+            grad_norm=result.gradient_norm,
+            learning_rate=rate,
+            traffic=traffic_of(self.ledger.counts),
+        )
+        return result.stop_signal
+
+    def _evaluate(self, metrics: Metrics) -> tuple[float | None, int]:
+        if self.data.validation is None:
+            return None, 0
+        with metrics.outside("evaluation"):
+            loss, weight, stopped = self.stepper.evaluate(
+                self.data.validation, self.mesh.data_rank, self.mesh.degrees.data
+            )
+        if stopped:
+            return None, stopped
+        metrics.log_evaluation(self.step, loss, int(weight))
+        return loss, 0
+
+    def _save(self, metrics: Metrics, final: bool) -> None:
+        if not self.config.checkpoint.every or self.checkpoints.last_good == self.folder / f"step_{self.step}":
+            return
+        started = time.perf_counter()
+        facts = {"samples": self.consumed, "fingerprint": self.fingerprint, "world_size": self.runtime.world_size}
+        with metrics.outside("checkpoint"):
+            state = collect(
+                self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device
+            )
+            self._settle(metrics)
+            try:
+                self.checkpoints.save(self.step, state, facts, {RESOLVED: to_yaml(self.config)})
+                if final:
+                    self.checkpoints.wait()
+            except SaveError as error:
+                if final:
+                    raise
+                metrics.message(_goes_on(error))
+        if final:
+            seconds = time.perf_counter() - started
+            metrics.message(f"saved {self.folder / f'step_{self.step}'} in {seconds:.1f} s")
+
+
+    def _settle(self, metrics: Metrics) -> None:
+        """Wait for the save under way. A failed one is no reason to lose the steps since: the next may succeed."""
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            metrics.message(_goes_on(error))
+
+
+def _goes_on(error: SaveError) -> str:
+    return f"warning: {error} Training goes on until the next checkpoint."
+
+
+def find_start(config: TrainConfig, expected: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if any, and what there is to say about others."""
+    folder, resume = Path(config.checkpoint.folder), config.checkpoint.resume
+    if resume == "never":
+        present = steps_in(folder)
+        if present and config.checkpoint.every:
+            raise UserError(
+                f"checkpoint.folder {folder} already holds {present[0][1].name} and checkpoint.resume is never: give "
+                "another folder, or auto to go on."
+            )
+        return None, []
+    path = folder if resume == "auto" else Path(resume)
+    if resume != "auto" and not path.is_dir():
+        raise UserError(f"checkpoint.resume {resume} does not exist: give auto, never or a folder with a checkpoint.")
+    checkpoint, passed_over = find(path)
+    if checkpoint is None:
+        if resume != "auto":
+            raise UserError(f"checkpoint.resume {resume} holds no checkpoint: give a run's folder or one step_N of it.")
+        return None, []
+    own = checkpoint.path.resolve().parent == folder.resolve()
+    if not own and steps_in(folder) and config.checkpoint.every:
+        raise UserError(
+            f"checkpoint.folder {folder} already holds {steps_in(folder)[0][1].name} of its own: to go on from "
+            f"{checkpoint.path}, give another checkpoint.folder."
+        )
+    check_fingerprint(checkpoint, expected)
+    return checkpoint, [f"warning: {message}" for message in passed_over]
+
+
+def _prepare_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make checkpoint.folder {folder} ({error.strerror}): give another one.") from None
+
+
+def _load_on_every_machine(config: TrainConfig, runtime: Runtime) -> Data:
+    """One process of each machine reads documents and fills the cache of tokens, then the others find it."""
+    data: Data | None = None
+    for turn in (True, False):
+        error: UserError | None = None
+        if (runtime.local_rank == 0) == turn:
+            try:
+                data = load_data(config.data)
+            except UserError as mistake:
+                error = mistake
+        runtime.agree_on_error(error)
+    assert data is not None
+    return data

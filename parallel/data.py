@@ -1,0 +1,173 @@
+"""Data parallelism: parameters that are alike on many processes, and gradients that are summed over them.
+
+The objective is the sum over processes of their local losses, each already divided by the global count of valid tokens.
+So gradients are *summed* and nowhere divided again: FSDP2's and DDP's own averages are switched off.
+
+Letters: `P` processes of the gradient group.
+"""
+
+# No `from __future__ import annotations`: DDP reads the annotations of its hook and wants types, not strings.
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .comm import Comm, Ledger
+from .mesh import ParallelMesh
+
+BACKENDS = ("fsdp", "ddp")
+
+# Renamed in torch 2.13; the old names warn there.
+_DDP_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class DataParallel:
+    """A model whose gradients are summed over data x sequence processes.
+
+    Args:
+        model: the model, whole and alike on every process; fsdp shards it in place.
+        mesh: the processes.
+        backend: `fsdp` or `ddp`; with one process the model stays as it is.
+        blocks: modules that fsdp gathers one at a time; what is left is gathered with the root.
+        parameter_dtype: in which fsdp gathers parameters; their own type if None. Gradients are summed in float32 then.
+        ledger: where traffic is counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        backend: str = "fsdp",
+        blocks: Sequence[nn.Module] = (),
+        parameter_dtype: torch.dtype | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        assert backend in BACKENDS, backend
+        ledger = ledger if ledger is not None else Ledger()
+        self.model = model
+        """The model itself: its names are those of checkpoints."""
+        self._forward: Any = model
+        self._sharded = False
+        self._gradient_comm = Comm(mesh.gradient_group, ledger)
+        self._data_comm = Comm(mesh.data_group, ledger)
+        if mesh.gradient_mesh is None:
+            return
+        if backend == "ddp":
+            self._forward = DistributedDataParallel(
+                model, process_group=mesh.gradient_group, gradient_as_bucket_view=True, **{_DDP_BUFFERS: False}
+            )
+            self._forward.register_comm_hook(self._gradient_comm, _sum_bucket)
+            return
+        self._sharded = True
+        policy = MixedPrecisionPolicy(
+            param_dtype=parameter_dtype,
+            reduce_dtype=None if parameter_dtype is None else torch.float32,
+            cast_forward_inputs=False,  # token ids, positions and losses keep their types
+        )
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh.gradient_mesh, mp_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A factor of 1 alone would scale inside the reduction (PREMUL_SUM), which gloo does not know.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+                if any(True for _ in module.parameters()):
+                    module.set_custom_all_gather(_CountedAllGather(ledger))  # type: ignore[arg-type]
+                    module.set_custom_reduce_scatter(_CountedReduceScatter(ledger))  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: only the last one of a step sends gradients."""
+        if self._sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+        elif isinstance(self._forward, DistributedDataParallel) and not last:
+            with self._forward.no_sync():
+                yield
+        else:
+            yield
+
+    def sum_over_streams(self, value: float, device: torch.device) -> float:
+        """Add a number of this process's streams over all streams of the step; alike in a sequence group."""
+        total = self._data_comm.all_reduce(torch.tensor(value, dtype=torch.float64, device=device), "step weight").wait()
+        return float(total)
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, float64 []: over shards of all processes, each element once."""
+        gradients = [gradient for gradient in self._local_gradients() if gradient.numel()]
+        device = next(self.model.parameters()).device
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for gradient in gradients:
+            square += torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
+        if self._sharded:
+            square = self._gradient_comm.all_reduce(square, "gradient norm").wait()
+        return square.sqrt()
+
+    def clip_gradients(self, maximum: float) -> Tensor:
+        """Scale the gradient so that its norm is at most `maximum` (0: never); returns the norm before, float64 []."""
+        norm = self.gradient_norm()
+        if maximum > 0:
+            scale = (maximum / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in self._local_gradients():
+                gradient.mul_(scale.to(gradient.dtype))
+        return norm
+
+    def _local_gradients(self) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+
+def _sum_bucket(comm: Comm, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's reduction, without its division."""
+    buffer = bucket.buffer()
+    size = 2 * (comm.size - 1) * buffer.numel() * buffer.element_size() // comm.size
+    comm.ledger.add("gradients", "all_reduce", 2 * (comm.size - 1), size)
+    future = dist.all_reduce(buffer, group=comm.group, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+class _Buffers:
+    """What FSDP2 asks of a custom collective besides the call: memory."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _count(self, label: str, kind: str, shard: Tensor, group: dist.ProcessGroup) -> None:
+        peers = group.size() - 1
+        self.ledger.add(label, kind, peers, peers * shard.numel() * shard.element_size())
+
+
+class _CountedAllGather(_Buffers):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        self._count("parameters", "all_gather", input_tensor, group)
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _CountedReduceScatter(_Buffers):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        self._count("gradients", "reduce_scatter", output_tensor, group)
+        return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

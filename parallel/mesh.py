@@ -1,0 +1,138 @@
+"""Who works with whom: the only maker of process groups.
+
+Letters: `D` data, `p` pipeline, `P` sequence, `t` tensor parallel processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longhaul.models.errors import UserError
+
+AXES = ("data", "pipeline", "sequence", "tensor")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Processes along each axis of the mesh."""
+
+    data: int = 1
+    pipeline: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.data, self.pipeline, self.sequence, self.tensor
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.pipeline * self.sequence * self.tensor
+
+    @classmethod
+    def resolve(
+        cls, world_size: int, *, data: int | None = None, pipeline: int = 1, sequence: int = 1, tensor: int = 1
+    ) -> Degrees:
+        """Check that degrees make `world_size` processes; `data` is what the others leave over if None.
+
+        Raises:
+            UserError: a degree is below 1, or the product is not the world size.
+        """
+        given = {"data": data, "pipeline": pipeline, "sequence": sequence, "tensor": tensor}
+        for name, size in given.items():
+            if size is not None and size < 1:
+                raise UserError(f"parallel.{name}_parallel_size is {size}: give 1 or more.")
+        others = pipeline * sequence * tensor
+        product = " x ".join(f"{name} {size}" for name, size in given.items() if size is not None and name != "data")
+        if data is None:
+            if world_size % others:
+                raise UserError(
+                    f"The parallel degrees {product} = {others} do not divide the world size {world_size}: start a "
+                    f"multiple of {others} processes (torchrun --nproc-per-node) or change the degrees."
+                )
+            data = world_size // others
+        elif data * others != world_size:
+            raise UserError(
+                f"The parallel degrees data {data} x {product} = {data * others} are not the world size {world_size}: "
+                f"start {data * others} processes (torchrun --nproc-per-node) or change the degrees; "
+                "data_parallel_size may be left out."
+            )
+        return cls(data, pipeline, sequence, tensor)
+
+
+class ParallelMesh:
+    """The grid of processes and its named groups.
+
+    Ranks are laid out as `arange(world).reshape(D, p, P, t)`: the last axis changes fastest. What talks most is most
+    adjacent: tensor, then sequence ranks are neighbours inside a node, data-parallel copies are farthest apart. With 8
+    ranks, D = 2 and P = 4, sequence groups are [0 1 2 3] and [4 5 6 7], data groups [0 4] [1 5] [2 6] [3 7].
+
+    Every process of the job makes the mesh, in the same order. A group of one process is None: nothing is sent in it.
+
+    Args:
+        degrees: processes along each axis.
+        rank: of this process; 0 if there is only one.
+        device_type: "cpu" or "cuda".
+    """
+
+    def __init__(self, degrees: Degrees, rank: int = 0, device_type: str = "cpu") -> None:
+        assert 0 <= rank < degrees.world_size, f"rank {rank} is not one of {degrees.world_size}"
+        self.degrees, self.rank = degrees, rank
+        self.grid = torch.arange(degrees.world_size).reshape(degrees.shape)
+        self.coordinates: dict[str, int] = dict(zip(AXES, (self.grid == rank).nonzero()[0].tolist(), strict=True))
+        self.device_mesh: DeviceMesh | None = None
+        self.gradient_mesh: DeviceMesh | None = None
+        """One axis, data x sequence: parameters are alike on it, gradients are summed over it, fsdp shards along it."""
+        self.sequence_group: dist.ProcessGroup | None = None
+        """Shares the tokens of a stream."""
+        self.data_group: dist.ProcessGroup | None = None
+        """Reads different streams."""
+        self.gradient_group: dist.ProcessGroup | None = None
+        """The group of `gradient_mesh`."""
+        if degrees.world_size > 1:
+            self._make_groups(device_type)
+
+    def _make_groups(self, device_type: str) -> None:
+        self.device_mesh = init_device_mesh(device_type, self.degrees.shape, mesh_dim_names=AXES)
+        if self.degrees.sequence > 1:
+            self.sequence_group = self.device_mesh.get_group("sequence")
+        if self.degrees.data > 1:
+            self.data_group = self.device_mesh.get_group("data")
+        if self.degrees.sequence > 1 and self.degrees.data > 1:
+            self.gradient_mesh = self.device_mesh["data", "sequence"]._flatten("gradient")
+        elif self.degrees.sequence > 1 or self.degrees.data > 1:
+            self.gradient_mesh = self.device_mesh["sequence" if self.degrees.sequence > 1 else "data"]
+        if self.gradient_mesh is not None:
+            self.gradient_group = self.gradient_mesh.get_group()
+
+    @property
+    def data_rank(self) -> int:
+        """Which streams this process reads."""
+        return self.coordinates["data"]
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which tokens of a stream this process holds."""
+        return self.coordinates["sequence"]
+
+    def members(self, axis: str) -> list[list[int]]:
+        """The ranks of every group along `axis`."""
+        rows = self.grid.movedim(AXES.index(axis), -1).reshape(-1, getattr(self.degrees, axis))
+        groups: list[list[int]] = rows.tolist()
+        return groups
+
+    def describe(self) -> str:
+        """The placement, for a person: sizes, then the members of each group."""
+        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.degrees.shape, strict=True))
+        lines = [f"{self.degrees.world_size} processes = {sizes}"]
+        for axis in AXES:
+            if getattr(self.degrees, axis) > 1:
+                groups = self.members(axis)
+                shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
+                more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
+                lines.append(f"{axis} groups: {shown}{more}")
+        return "\n".join(lines)
