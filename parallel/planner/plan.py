@@ -1,0 +1,197 @@
+"""`plan`: the best of all candidates, checked, with its time, memory and a lower bound.
+
+Every candidate is a pure function of integers, so the same lengths, cluster and cost model give the same plan on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from longhaul.parallel.planner.bounds import area_bound
+from longhaul.parallel.planner.chunk import chunked
+from longhaul.parallel.planner.cluster import Cluster
+from longhaul.parallel.planner.cost import MICROSECOND, CostModel
+from longhaul.parallel.planner.polish import polish
+from longhaul.parallel.planner.pour import level, pour, squeeze
+from longhaul.parallel.planner.problem import Problem, Shelf, Work, place
+from longhaul.parallel.planner.shelf import Search, State
+from longhaul.parallel.planner.static import fixed, smallest_degree
+from longhaul.parallel.planner.static import floor as static_floor
+
+DEFAULT_BUDGET = 60_000  # placements of a document
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Documents that run on a block of ranks as one packed stream.
+
+    Attributes:
+        ranks: the block; its length is the degree.
+        documents: indices into the caller's lengths, in stream order.
+        cuts: `degree + 1` offsets of the stream; rank `r` of the block holds tokens `cuts[r] .. cuts[r + 1]`.
+        time: predicted seconds, without the bias.
+    """
+
+    ranks: range
+    documents: tuple[int, ...]
+    cuts: tuple[int, ...]
+    time: float
+
+    @property
+    def degree(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def tokens(self) -> int:
+        return self.cuts[-1]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Groups that run side by side; `time` is the predicted makespan in seconds, bias included."""
+
+    groups: tuple[GroupPlan, ...]
+    time: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step.
+
+    Attributes:
+        micro_batches: in order of execution.
+        time: predicted seconds of the step.
+        memory: most bytes on a rank.
+        bound: no plan takes fewer seconds (under the cost model).
+        candidate: name of the candidate that won.
+        candidates: predicted seconds of every candidate that was completed.
+        objective: `sum` or `split`.
+        work: placements spent.
+        pods: plans of the pods, if the ranks were divided (then `micro_batches` is empty here and times overlap).
+    """
+
+    micro_batches: tuple[MicroBatch, ...]
+    time: float
+    memory: float
+    bound: float
+    candidate: str
+    candidates: dict[str, float] = field(compare=False)
+    objective: str = "sum"
+    work: int = 0
+
+    @property
+    def gap(self) -> float:
+        """How far the plan can be from the best one, at most: 0.05 is five per cent."""
+        return self.time / self.bound - 1.0
+
+    @property
+    def idle(self) -> float:
+        """Share of rank-seconds that groups wait for the longest of their micro-batch (or belong to no group)."""
+        ranks = max(group.ranks.stop for batch in self.micro_batches for group in batch.groups)
+        busy = sum(group.time * group.degree for batch in self.micro_batches for group in batch.groups)
+        longest = sum(max(group.time for group in batch.groups) for batch in self.micro_batches)
+        return 1.0 - busy / (ranks * longest) if longest else 0.0
+
+
+def realise(problem: Problem, search: Search, state: State, work: Work) -> list[Shelf]:
+    """Whole plan of a searched state: pour the light documents, give what is left shelves of its own or squeeze it in."""
+    shelves, left = pour(problem, search.skeleton(state), search.light, search.rate, work)
+    if not left:
+        return shelves
+    options = []
+    tokens = sum(problem.length[i] for i in left)
+    kinds = [(problem.single_kind[rank], rank if not problem.even else -1) for rank in range(problem.cluster.ranks)]
+    least = -(-tokens // (problem.cluster.ranks * problem.tokens))
+    for number in range(least, least + 3):
+        own = level(problem, left, number, kinds, work)
+        if own is not None:
+            options.append(shelves + own)
+            break
+    if shelves and state.extra <= 1 and len(left) <= 64:
+        copies: list[Shelf] = [[[*group[:3], list(group[3]), group[4]] for group in shelf] for shelf in shelves]
+        if not squeeze(problem, copies, left, work):
+            options.append(copies)
+    return min(options, key=problem.total)
+
+
+def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[Shelf]]:
+    """All candidates that can still win, by name."""
+    found: dict[str, list[Shelf]] = {}
+
+    def best() -> int | None:
+        return min((problem.total(shelves) for shelves in found.values()), default=None)
+
+    documents = list(range(len(problem.length)))
+    search = Search(problem, documents, work)
+    states = search.run(width=8, keep=3)
+    options = []
+    for state in states:
+        shelves = realise(problem, search, state, work)
+        options.append(shelves)
+    options.sort(key=problem.total)
+    if options:
+        for shelves in options[:2]:
+            polish(problem, shelves, work)
+        found["shelf"] = min(options, key=problem.total)
+    shelves_or_none = chunked(problem, work, below=best())
+    if shelves_or_none:
+        polish(problem, shelves_or_none, work)
+        found["chunk"] = shelves_or_none
+    chosen = smallest_degree(problem, max(longest, problem.length[0]))
+    largest = max(problem.degree)
+    for degree in sorted(set(problem.degree), reverse=True):
+        least = best()
+        if least is not None and static_floor(problem, degree) >= least:
+            continue
+        shelves_or_none = fixed(problem, degree, work)
+        if shelves_or_none:
+            name = "one_group" if degree == largest else "fixed" if degree == chosen else "best_single_degree"
+            if name not in found or problem.total(shelves_or_none) < problem.total(found[name]):
+                found[name] = shelves_or_none
+    return found
+
+
+def finish(problem: Problem, shelves: list[Shelf]) -> tuple[MicroBatch, ...]:
+    """Public form of the shelves: blocks placed, documents by the caller's indices, cut points."""
+    batches = []
+    for shelf in shelves:
+        place(problem, shelf)
+        groups = []
+        for time, tokens, kind, members, first in sorted(shelf, key=lambda group: group[4]):
+            entry = problem.kinds[kind]
+            documents = tuple(problem.order[i] for i in members)
+            groups.append(GroupPlan(range(first, first + entry.degree), documents, entry.cuts(tokens), time * MICROSECOND))
+        batches.append(MicroBatch(tuple(groups), (problem.bias + problem.shelf_time(shelf)) * MICROSECOND))
+    return tuple(batches)
+
+
+def plan(
+    lengths: Sequence[int], cluster: Cluster, cost_model: CostModel, budget: int = DEFAULT_BUDGET, max_length: int = 0
+) -> Plan:
+    """Plan one step. Pure and deterministic.
+
+    Args:
+        lengths: tokens of each document.
+        cluster: ranks, memory, links.
+        cost_model: predicted time and memory.
+        budget: work limit in placements of a document; the best candidate found within it is returned.
+        max_length: longest document the job may meet (what a fixed degree must hold); 0: the longest of this step.
+    """
+    problem = Problem(lengths, cluster, cost_model)
+    work = Work(budget)
+    found = candidates(problem, work, max_length)
+    times = {name: problem.total(shelves) for name, shelves in found.items()}
+    winner = min(times, key=lambda name: times[name])
+    batches = finish(problem, found[winner])
+    most = max(b - a for batch in batches for group in batch.groups for a, b in zip(group.cuts, group.cuts[1:], strict=False))
+    return Plan(
+        batches,
+        times[winner] * MICROSECOND,
+        cost_model.memory(most),
+        area_bound(problem) * MICROSECOND,
+        winner,
+        {name: time * MICROSECOND for name, time in times.items()},
+        cost_model.objective,
+        work.done,
+    )
