@@ -65,7 +65,10 @@ class Ledger:
 
 
 class Wire:
-    """A slower link, emulated in-process: `wait` returns no earlier than `delay + bytes / bandwidth` after the post.
+    """A slower link, emulated in-process.
+
+    A collective arrives no earlier than `delay + bytes / bandwidth` after this rank posted it. A point-to-point message
+    arrives no earlier than that after its *sender* posted it, and messages of one sender leave one after the other.
 
     Args:
         delay: seconds.
@@ -74,9 +77,19 @@ class Wire:
 
     def __init__(self, delay: float = 0.0, bandwidth: float | None = None) -> None:
         self.delay, self.bandwidth = delay, bandwidth
+        self._busy_until = 0.0
 
     def arrival(self, size: int) -> float:
-        return time.perf_counter() + self.delay + (size / self.bandwidth if self.bandwidth else 0.0)
+        """When a collective posted now is there."""
+        return time.perf_counter() + self.delay + self._duration(size)
+
+    def send(self, size: int) -> float:
+        """When a message sent now is there."""
+        self._busy_until = max(time.perf_counter(), self._busy_until) + self._duration(size)
+        return self._busy_until + self.delay
+
+    def _duration(self, size: int) -> float:
+        return size / self.bandwidth if self.bandwidth else 0.0
 
 
 class Handle:
@@ -112,17 +125,32 @@ class Comm:
         self.wire = wire
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self._tags = 0
+
+    def next_tag(self) -> int:
+        """A tag for a group of point-to-point messages; all ranks must ask for theirs in one order."""
+        self._tags = self._tags % 2**20 + 1
+        return self._tags
 
     def _post(
-        self, label: str, kind: str, messages: int, size: int, works: Sequence[Any], result: Callable[[], Any]
+        self,
+        label: str,
+        kind: str,
+        messages: int,
+        size: int,
+        works: Sequence[Any],
+        result: Callable[[], Any],
+        arrival: Callable[[], float] | None = None,
     ) -> Handle:
         self.ledger.add(label, kind, messages, size)
         self.ledger.mark(f"post {label}")
-        arrival = self.wire.arrival(size) if self.wire is not None else 0.0
+        if self.wire is not None and arrival is None:
+            there = self.wire.arrival(size)
+            arrival = lambda: there  # noqa: E731
 
         def finish() -> None:
-            if self.wire is not None:
-                time.sleep(max(0.0, arrival - time.perf_counter()))
+            if arrival is not None:
+                time.sleep(max(0.0, arrival() - time.perf_counter()))
             self.ledger.mark(f"wait {label}")
 
         return Handle(works, result, finish)
@@ -182,24 +210,34 @@ class Comm:
         send: Sequence[tuple[int, Tensor]],
         receive: Sequence[tuple[int, Tensor]],
         label: str,
+        tag: int = 0,
     ) -> Handle:
         """Point to point: tensors to send with their target ranks, buffers to fill with their source ranks.
 
-        Returns a handle on the filled buffers. Between two ranks, sends and receives match in order.
+        Returns a handle on the filled buffers. Between two ranks, sends and receives of one tag match in order.
         """
+        outgoing = [(peer, _plain(x.contiguous())) for peer, x in send]
+        incoming = [(peer, _plain(buffer)) for peer, buffer in receive]
+        arrival: Callable[[], float] | None = None
+        if self.wire is not None:
+            # The receiver cannot see when a message was sent, so the emulation says it in a message of its own.
+            outgoing += [(peer, torch.tensor([self.wire.send(_bytes(x))], dtype=torch.float64)) for peer, x in outgoing]
+            stamps = [torch.zeros(1, dtype=torch.float64) for _ in incoming]
+            incoming += [(peer, stamp) for (peer, _), stamp in zip(list(incoming), stamps)]
+            arrival = lambda: max((stamp.item() for stamp in stamps), default=0.0)  # noqa: E731
         # Sends before receives and one batch: a rank that posts in another order than its peer would hang.
-        operations = [dist.P2POp(dist.isend, x.contiguous(), self._global(peer), self.group) for peer, x in send]
-        operations += [dist.P2POp(dist.irecv, buffer, self._global(peer), self.group) for peer, buffer in receive]
+        operations = [dist.P2POp(dist.isend, x, self._global(peer), self.group, tag) for peer, x in outgoing]
+        operations += [dist.P2POp(dist.irecv, x, self._global(peer), self.group, tag) for peer, x in incoming]
         works = dist.batch_isend_irecv(operations) if operations else []
         size = sum(_bytes(buffer) for _, buffer in receive)
-        return self._post(label, "p2p", len(receive), size, works, lambda: [buffer for _, buffer in receive])
+        return self._post(label, "p2p", len(receive), size, works, lambda: [buffer for _, buffer in receive], arrival)
 
     def broadcast(self, x: Tensor, source: int, label: str) -> Handle:
         """`x` of rank `source` to all; other ranks pass a buffer of the same shape."""
         if self.size == 1:
             return Handle((), lambda: x, lambda: None)
         out = x.contiguous().clone() if self.rank == source else torch.empty_like(x, memory_format=torch.contiguous_format)
-        work = dist.broadcast(out, self._global(source), group=self.group, async_op=True)
+        work = dist.broadcast(_plain(out), self._global(source), group=self.group, async_op=True)
         received = 0 if self.rank == source else 1
         return self._post(label, "broadcast", received, received * _bytes(out), [work], lambda: out)
 
@@ -210,3 +248,8 @@ class Comm:
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A view that every backend can send: complex numbers as pairs of real ones."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

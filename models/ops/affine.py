@@ -48,8 +48,8 @@ class Linear:
         """What must cross the wire, [N, n]; None if every rank can know M without being told."""
         raise NotImplementedError
 
-    def unpack(self: L, payload: Tensor | None, lengths: Sequence[int]) -> L:
-        """The inverse of `pack` for other maps of this kind; `lengths`: tokens of each part."""
+    def unpack(self: L, payload: Tensor, lengths: Sequence[int]) -> L:
+        """The inverse of `pack` for other maps of this kind, [N, n]; `lengths`: tokens of each part."""
         raise NotImplementedError
 
     def columns(self: L, start: int, stop: int, state_dim: int) -> L:
@@ -100,8 +100,7 @@ class AffineMap:
         """Maps of the same kind and shape; `payload` [N', n], `lengths`: tokens of each of the N' parts."""
         size = math.prod(self.offset.shape[1:]) * (2 if self.offset.is_complex() else 1)
         offset = _from_real(payload[:, :size], self.offset.is_complex()).reshape(len(payload), *self.offset.shape[1:])
-        linear = payload[:, size:] if payload.shape[1] > size else None
-        return AffineMap(offset, self.linear.unpack(linear, lengths))
+        return AffineMap(offset, self.linear.unpack(payload[:, size:], lengths))
 
     def split(self, blocks: int) -> list[AffineMap]:
         """Cut along the value axis (the last): `blocks` maps that may travel one after the other."""
@@ -132,7 +131,7 @@ class Identity(Linear):
     def pack(self, num_maps: int) -> None:
         return None
 
-    def unpack(self, payload: Tensor | None, lengths: Sequence[int]) -> Identity:
+    def unpack(self, payload: Tensor, lengths: Sequence[int]) -> Identity:
         return self
 
     def select(self, index: Sequence[int]) -> Identity:
@@ -168,7 +167,7 @@ class Constant(Linear):
     def pack(self, num_maps: int) -> None:
         return None
 
-    def unpack(self, payload: Tensor | None, lengths: Sequence[int]) -> Constant:
+    def unpack(self, payload: Tensor, lengths: Sequence[int]) -> Constant:
         return Constant(self.log_decay, lengths)
 
     def columns(self, start: int, stop: int, state_dim: int) -> Constant:
@@ -193,10 +192,9 @@ class _Scale(Linear):
     def pack(self, num_maps: int) -> Tensor:
         return self.value
 
-    def unpack(self: S, payload: Tensor | None, lengths: Sequence[int]) -> S:
-        assert payload is not None
+    def unpack(self: S, payload: Tensor, lengths: Sequence[int]) -> S:
         shape = self.value.shape[1:]
-        return type(self)(_from_real(payload, self.value.is_complex()).reshape(-1, *shape))
+        return type(self)(_from_real(payload, self.value.is_complex()).reshape(len(payload), *shape))
 
     def columns(self: S, start: int, stop: int, state_dim: int) -> S:
         return self if self.value.dim() < state_dim else type(self)(self.value[..., start:stop])
@@ -265,9 +263,8 @@ class Dense(Linear):
     def pack(self, num_maps: int) -> Tensor:
         return self.matrix
 
-    def unpack(self, payload: Tensor | None, lengths: Sequence[int]) -> Dense:
-        assert payload is not None
-        return Dense(_from_real(payload, self.matrix.is_complex()).reshape(-1, *self.matrix.shape[1:]))
+    def unpack(self, payload: Tensor, lengths: Sequence[int]) -> Dense:
+        return Dense(_from_real(payload, self.matrix.is_complex()).reshape(len(payload), *self.matrix.shape[1:]))
 
     def select(self, index: Sequence[int]) -> Dense:
         return Dense(self.matrix[list(index)])
@@ -309,4 +306,4 @@ def _to_real(values: Tensor) -> Tensor:
 def _from_real(values: Tensor, is_complex: bool) -> Tensor:
     if not is_complex:
         return values
-    return torch.view_as_complex(values.reshape(values.shape[0], -1, 2).contiguous())
+    return torch.view_as_complex(values.reshape(len(values), values.shape[1] // 2, 2).contiguous())

@@ -2,6 +2,10 @@
 
 An exchange knows ranks, messages and when to post them. It never asks which mixer a map came from, nor what kind of map it
 is: it packs, sends, unpacks, composes and applies.
+
+Several exchanges may be under way on one group, if all ranks start them in one order and wait for them in that order.
+Each has a tag of its own (`Comm.next_tag`), which keeps point-to-point messages apart where the backend has tags (gloo).
+NCCL has none: there, wait for a point-to-point exchange of several parts a rank before the next one starts.
 """
 
 from __future__ import annotations
@@ -11,10 +15,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from longhaul.models.errors import UserError
 from longhaul.models.ops.affine import AffineMap
 from longhaul.models.ops.chain import Link
 from longhaul.models.ops.recurrence import Pending
 from longhaul.parallel.comm import Comm
+from longhaul.parallel.layout import SequenceLayout
 
 Chain = Sequence[Link]
 
@@ -34,13 +40,19 @@ class Exchange(Protocol):
     ) -> Pending:
         """Post what can be posted; `wait` on the result gives what enters each own part and what leaves the chain.
 
+        A part without tokens reads nothing, so what `wait` gives for it is unspecified (but finite).
+
         Args:
-            maps: the maps of the parts held here, one per slot, [N, *state_shape].
+            maps: the maps of the parts held here, one per slot, [N, *state_shape]; with `reverse` adjoint ones, whose
+                cotangent C is zero for a part that nothing enters. The map of a part without tokens is the identity.
             chain: all parts of the sequence, in order.
             initial: what enters the chain (from the right, with `reverse`), replicated; None is zero.
             want_end: whether every rank wants what leaves the chain.
         """
         ...
+
+    def check(self, layout: SequenceLayout) -> None:
+        """Refuse, with a `UserError`, a layout that this exchange cannot serve."""
 
 
 def own_links(chain: Chain, rank: int) -> list[int]:
@@ -55,4 +67,13 @@ def label(reverse: bool) -> str:
 
 def crosses(chain: Chain) -> bool:
     """Whether any document goes on from one part into a later one."""
-    return any(link.enters and link.length for link in chain[1:])
+    return any(link.enters for link in [link for link in chain if link.length][1:])
+
+
+def refuse_rounding(name: str, payload_dtype: str) -> None:
+    """Only gathered summaries may be rounded: a running state in bfloat16 loses more with every rank it passes."""
+    if payload_dtype != "float32":
+        raise UserError(
+            f"Exchange {name!r} passes a running state on, which payload_dtype {payload_dtype!r} would round at every "
+            "rank; use 'float32', or the exchange 'all_gather'."
+        )
