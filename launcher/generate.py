@@ -78,9 +78,7 @@ def generate_ids(
     return torch.tensor(made, dtype=torch.int64)
 
 
-def draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> int:
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> int:
     """One token id from logits [vocabulary]."""
     if temperature == 0:
         return int(logits.argmax())
@@ -139,6 +137,11 @@ def sample(
     return tokenizer.decode(made.tolist())
 
 
+def printable(text: str) -> str:
+    """Text without characters that would steer a terminal, which a model of bytes may well produce."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
 def _check(prompt: int, tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not prompt:
         raise UserError("The prompt holds no token: give at least one character to go on from.")
@@ -171,5 +174,5 @@ def main(argv: Sequence[str]) -> int:
         model, tokenizer, options.prompt, tokens=options.tokens, temperature=options.temperature,
         top_k=options.top_k, top_p=options.top_p, seed=options.seed,
     )  # fmt: skip
-    print(options.prompt + text)
+    print(options.prompt + printable(text))
     return 0

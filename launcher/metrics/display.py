@@ -86,7 +86,7 @@ _SUMMARY = {
     "grad_norm": "grad_norm {:.3f}",
     "learning_rate": "lr {:.2e}",
     "throughput(tps)": "{:,.0f} tokens/s/process",
-    "tflops": "tflops {:.2f}",
+    "tflops": "tflops {:.3g}",
     "mfu(%)": "mfu {:.1f}%",
     "memory/max_active(GiB)": "memory {:.2f}GiB",
     "communication/received(MiB)": "received {:.2f}MiB",

@@ -123,9 +123,7 @@ class Metrics:
             conventions=CONVENTIONS,
         )  # fmt: skip
         self._display = open_display(self._config.display, self._total_steps, resumed_step)
-        self._display.message(
-            "tokens/s is per process, of steps alone (no evaluation, no checkpoints)." + self._mfu_note()
-        )
+        self._display.message("tokens/s is per process, of steps alone (no evaluation, no checkpoints)." + self._mfu_note())
 
     def _mfu_note(self) -> str:
         if self._flops_per_token is None or self._peak_flops is None:

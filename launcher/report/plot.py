@@ -65,6 +65,7 @@ def _draw_loss(axes: Any, train: Curve, held_out: Curve, baselines: dict[str, fl
         axes.annotate(
             f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
             textcoords="offset points", ha="right", va="bottom", color=MUTED, fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, zorder=5,
         )  # fmt: skip
     seen = [value for _, value in (*points, *held_out) if math.isfinite(value)] + list(baselines.values())
     if seen:

@@ -34,9 +34,7 @@ def write_report(folder: Path) -> Path:
         replace_file(folder / "report.json", data.encode() + b"\n")
         replace_file(folder / "report.html", page.encode())
     except OSError as error:
-        raise UserError(
-            f"Cannot write the report to {folder} ({error.strerror}): make room or mend its permissions."
-        ) from error
+        raise UserError(f"Cannot write the report to {folder} ({error.strerror}): make room or mend its permissions.") from error
     return folder / "report.html"
 
 

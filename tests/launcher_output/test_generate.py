@@ -121,6 +121,10 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn() -> None:
     assert tokenizer.ids and max(tokenizer.ids) < tokenizer.vocab_size
 
 
+def test_nothing_printed_steers_the_terminal() -> None:
+    assert generate.printable("a\tb\nc\x1b[2J\x00\x9b é") == "a\tb\nc\ufffd[2J\ufffd\ufffd é"
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -1,14 +1,18 @@
 """Metrics: what is written when, what a step's time holds, how a run is continued."""
 
+import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from longhaul.launcher.metrics import Metrics, MetricsConfig, hardware, traffic_of
+from longhaul.launcher.metrics.display import RichDisplay
 from longhaul.launcher.metrics.files import encode_record, read_facts, read_records
 from longhaul.models.errors import UserError
 from longhaul.parallel.comm import Ledger
@@ -120,6 +124,18 @@ def test_the_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert line.startswith("step   1/100  loss 2.5000  grad_norm 0.750  lr 1.00e-03  ")
     assert "tokens/s/process" in line and line.endswith("received 1.00MiB")
     assert held_out == "step 1: held-out loss 3.2500 nats per token over 1,000 tokens"
+
+
+def test_the_bar_shows_the_last_record_and_messages_stay_above_it() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    display = RichDisplay(10, 4, console)
+    display.advance(5)
+    display.record(6, {LOSS: 2.5, "throughput(tps)": 1234.0})
+    display.message("held-out [red]loss[/red] 3.0")
+    display.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "held-out [red]loss[/red] 3.0" in text
+    assert re.search(r"6/10 .*loss 2\.5000  1,234 tokens/s/process", text)
 
 
 def test_a_resumed_run_drops_what_it_repeats_and_torn_lines(tmp_path: Path) -> None:
