@@ -24,7 +24,8 @@ def undecayed_names(model: nn.Module) -> frozenset[str]:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: frozenset[str]) -> torch.optim.Optimizer:
     """AdamW or plain SGD with decoupled decay only where it belongs; the rate is set before each step."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if name in undecayed else decayed).append(parameter)

@@ -61,7 +61,7 @@ def from_file(path: Path) -> TrainConfig:
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
     """A dataclass from nested mappings; its own checks run."""
     hints = typing.get_type_hints(cls)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name not in values:
             continue

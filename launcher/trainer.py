@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,15 +15,7 @@ import torch
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
 from longhaul.models.ops.segments import Documents
-from longhaul.parallel.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    SaveError,
-    find,
-    remove_leftovers,
-    steps_in,
-    write_atomically,
-)
+from longhaul.parallel.checkpoint import Checkpoints, SaveError
 from longhaul.parallel.comm import Comm, Ledger
 from longhaul.parallel.data import DataParallel
 from longhaul.parallel.engine import SequenceParallel
@@ -40,7 +31,8 @@ from .load import RESOLVED
 from .metrics import Metrics, traffic_of
 from .optimizer import learning_rate, make_optimizer, undecayed_names
 from .parsing import to_yaml
-from .state import check_fingerprint, collect, fingerprint, restore
+from .start import claim_folder, find_start, make_folder
+from .state import collect, fingerprint, restore
 from .step import Stepper
 
 
@@ -72,7 +64,7 @@ class Trainer:
         self.config = config = config.resolve(runtime.world_size)
         self.runtime, self.stop_signal = runtime, stop_signal
         self.folder = Path(config.checkpoint.folder)
-        runtime.on_main(lambda: _prepare_folder(self.folder))
+        runtime.on_main(lambda: make_folder(self.folder))
         torch.use_deterministic_algorithms(config.train.deterministic)
         self.data = _load_on_every_machine(config, runtime)
         self.mesh = ParallelMesh(config.parallel.degrees(runtime.world_size), runtime.rank, runtime.device.type)
@@ -120,7 +112,7 @@ class Trainer:
         """Samples read by all sessions of the run: the position in the data."""
         self.messages: list[str] = []
         self._resume()
-        runtime.on_main(self._claim_folder)
+        runtime.on_main(lambda: claim_folder(config, self.parameters))
 
     def _resume(self) -> None:
         checkpoint, self.messages = self.runtime.on_main(lambda: find_start(self.config, self.fingerprint))
@@ -145,21 +137,6 @@ class Trainer:
         first, last = self.engine.local_tokens(1)[0]
         tokens = torch.zeros(last - first, dtype=torch.int64, device=self.runtime.device)
         return self.model(tokens, shard)[1]
-
-    def _claim_folder(self) -> None:
-        remove_leftovers(self.folder)
-        copies = 3 if self.config.optimizer.name == "adamw" else 1
-        needed = self.parameters * 4 * copies if self.config.checkpoint.every else 0
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(
-                f"A checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has only {free / 2**20:.0f} MiB free: "
-                "make room or give another checkpoint.folder."
-            )
-        try:
-            write_atomically(self.folder / RESOLVED, to_yaml(self.config))
-        except OSError as error:
-            raise UserError(f"Cannot write to checkpoint.folder {self.folder} ({error.strerror}).") from None
 
     def run(self) -> Outcome:
         """Train to the last step, or until a signal; then save, evaluate and report."""
@@ -276,42 +253,6 @@ class Trainer:
 
 def _goes_on(error: SaveError) -> str:
     return f"warning: {error} Training goes on until the next checkpoint."
-
-
-def find_start(config: TrainConfig, expected: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, if any, and what there is to say about others."""
-    folder, resume = Path(config.checkpoint.folder), config.checkpoint.resume
-    if resume == "never":
-        present = steps_in(folder)
-        if present and config.checkpoint.every:
-            raise UserError(
-                f"checkpoint.folder {folder} already holds {present[0][1].name} and checkpoint.resume is never: give "
-                "another folder, or auto to go on."
-            )
-        return None, []
-    path = folder if resume == "auto" else Path(resume)
-    if resume != "auto" and not path.is_dir():
-        raise UserError(f"checkpoint.resume {resume} does not exist: give auto, never or a folder with a checkpoint.")
-    checkpoint, passed_over = find(path)
-    if checkpoint is None:
-        if resume != "auto":
-            raise UserError(f"checkpoint.resume {resume} holds no checkpoint: give a run's folder or one step_N of it.")
-        return None, []
-    own = checkpoint.path.resolve().parent == folder.resolve()
-    if not own and steps_in(folder) and config.checkpoint.every:
-        raise UserError(
-            f"checkpoint.folder {folder} already holds {steps_in(folder)[0][1].name} of its own: to go on from "
-            f"{checkpoint.path}, give another checkpoint.folder."
-        )
-    check_fingerprint(checkpoint, expected)
-    return checkpoint, [f"warning: {message}" for message in passed_over]
-
-
-def _prepare_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot make checkpoint.folder {folder} ({error.strerror}): give another one.") from None
 
 
 def _load_on_every_machine(config: TrainConfig, runtime: Runtime) -> Data:

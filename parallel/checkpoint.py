@@ -25,10 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.distributed.tensor import DTensor
 
 from longhaul.models.errors import UserError
@@ -157,7 +159,8 @@ class Checkpoints:
         self.wait()
         staged = {name: _copy(tensor) for name, tensor in state.items()}
         facts = {"step": step, **facts}
-        self._thread = threading.Thread(target=self._run, args=(step, staged, facts, dict(texts or {})), name="checkpoint", daemon=True)
+        arguments = (step, staged, facts, dict(texts or {}))
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.background:
             self.wait()
@@ -234,7 +237,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of every tensor of a checkpoint, by name."""
-    metadata = dcp.FileSystemReader(checkpoint.path).read_metadata()
+    metadata = FileSystemReader(checkpoint.path).read_metadata()
     return {
         name: (entry.size, entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
@@ -256,7 +259,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], together: bool = True
     alone = not (together and dist.is_available() and dist.is_initialized())
     try:
         with _no_warning_about_one_process():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=alone)
+            read_tensors(state, storage_reader=FileSystemReader(checkpoint.path), no_dist=alone)
     except CheckpointException as error:
         raise UserError(f"{checkpoint.path} cannot be read ({_reason(error)}): resume from another checkpoint.") from error
 
@@ -277,7 +280,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _write(folder: Path, staged: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     with _no_warning_about_one_process():
-        dcp.save(staged, storage_writer=dcp.FileSystemWriter(folder), process_group=group, no_dist=group is None)
+        write_tensors(staged, storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,11 +27,8 @@ from .mesh import ParallelMesh
 BACKENDS = ("fsdp", "ddp")
 
 # Renamed in torch 2.13; the old names warn there.
-_DDP_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    else "broadcast_buffers"
-)
+_NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_WITHOUT_BUFFERS: Any = {"forward_sync_buffers" if _NEW else "broadcast_buffers": False}
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -68,7 +66,7 @@ class DataParallel:
             return
         if backend == "ddp":
             self._forward = DistributedDataParallel(
-                model, process_group=mesh.gradient_group, gradient_as_bucket_view=True, **{_DDP_BUFFERS: False}
+                model, process_group=mesh.gradient_group, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS
             )
             self._forward.register_comm_hook(self._gradient_comm, _sum_bucket)
             return
@@ -134,7 +132,7 @@ class DataParallel:
         return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 
-def _sum_bucket(comm: Comm, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(comm: Comm, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's reduction, without its division."""
     buffer = bucket.buffer()
     size = 2 * (comm.size - 1) * buffer.numel() * buffer.element_size() // comm.size
