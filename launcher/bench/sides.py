@@ -140,10 +140,7 @@ def _selected(model: nn.Module, select: Callable[[Tensor], Tensor | None]) -> di
 _LAYER: dict[str, dict[str, tuple[str, ...]]] = {
     "mamba2": {
         "mixer_norm.weight": ("norm.weight",),
-        **{
-            f"mixer.{name}": (f"mixer.{name}",)
-            for name in ("in_proj.weight", "A_log", "dt_bias", "D", "out_proj.weight")
-        },
+        **{f"mixer.{name}": (f"mixer.{name}",) for name in ("in_proj.weight", "A_log", "dt_bias", "D", "out_proj.weight")},
         "mixer.conv_weight": ("mixer.conv1d.weight",),
         "mixer.conv_bias": ("mixer.conv1d.bias",),
         "mixer.norm_weight": ("mixer.norm.weight",),

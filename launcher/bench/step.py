@@ -33,6 +33,7 @@ _ROWS = {
     "step, s": "{seconds:.2f}",
     "forward, s": "{forward:.2f}",
     "backward, s": "{backward:.2f}",
+    "processor time of all threads, s": "{processor:.2f}",
     "tokens/s": "{rate:,.0f}",
     "peak memory, GiB": "{peak_gib:.2f}",
     "  before the first step, GiB": "{idle_gib:.2f}",
@@ -106,8 +107,7 @@ def compare(shape: Shape, peer: str | None, repeats: int, threads: int) -> dict[
                 result["parameters"] = ours.ask()["parameters"]
                 result["sides"] = _measure([ours, theirs], shape, repeats)
                 gradients = [
-                    torch.load(worker.ask("gradients")["path"], mmap=True, weights_only=True)
-                    for worker in (ours, theirs)
+                    torch.load(worker.ask("gradients")["path"], mmap=True, weights_only=True) for worker in (ours, theirs)
                 ]
                 result.update(_ratios(result["sides"]["ours"], result["sides"][peer]), **_check(*gradients))
     return result
@@ -124,8 +124,8 @@ def _measure(workers: Sequence[Worker], shape: Shape, repeats: int) -> dict[str,
     for worker in workers:
         side = sides[worker.side]
         side.update(worker.ask("memory"))
-        side["seconds"] = median(step["seconds"] for step in side["steps"])
-        side["forward"] = median(step["forward"] for step in side["steps"])
+        for key in ("seconds", "forward", "processor"):
+            side[key] = median(step[key] for step in side["steps"])
         side["rate"] = shape.length / side["seconds"]
         side["loss"] = side["steps"][-1]["loss"]
     return sides
@@ -136,6 +136,7 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return {
         "speedup": median(pairs),
         "speedup_range": [min(pairs), max(pairs)],
+        "processor_ratio": theirs["processor"] / ours["processor"],
         "memory_ratio": ours["peak_gib"] / theirs["peak_gib"],
         "loss_difference": abs(ours["loss"] - theirs["loss"]) / abs(theirs["loss"]),
     }
@@ -170,15 +171,14 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name in sides:
         table.add_column(_NAMES[name], justify="right")
     for name, text in _ROWS.items():
-        table.add_row(
-            name, *(text.format(**side, backward=side["seconds"] - side["forward"]) for side in sides.values())
-        )
+        table.add_row(name, *(text.format(**side, backward=side["seconds"] - side["forward"]) for side in sides.values()))
     console.print(table)
     if "speedup" not in result:
         return
     low, high = result["speedup_range"]
     console.print(
-        f"speed {result['speedup']:.2f}x (median of {result['repeats']} pairs, {low:.2f} to {high:.2f}); "
+        f"speed {result['speedup']:.2f}x (median of {result['repeats']} pairs, {low:.2f} to {high:.2f}), "
+        f"{result['processor_ratio']:.2f}x in processor time; "
         f"memory {result['memory_ratio']:.2f}x; loss differs by {result['loss_difference']:.1e}, relative; "
         f"{result['gradients_compared']} gradients, the worst ({result['worst_gradient']}) differs by "
         f"{result['gradient_error']:.1e} of its RMS",

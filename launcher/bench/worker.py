@@ -35,12 +35,17 @@ def make_side(name: str, shape: Shape, folder: Path) -> Side:
 def step(side: Side, tokens: torch.Tensor) -> dict[str, float]:
     """One training step without the optimizer; gradients of the last one are kept."""
     side.model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     loss = side.forward(tokens)
     middle = time.perf_counter()
     loss.backward()
     end = time.perf_counter()
-    return {"forward": middle - start, "seconds": end - start, "loss": loss.item()}
+    return {
+        "forward": middle - start,
+        "seconds": end - start,
+        "processor": time.process_time() - processor,
+        "loss": loss.item(),
+    }
 
 
 def main() -> None:
