@@ -9,6 +9,7 @@ Letters: `P` processes of the gradient group.
 # No `from __future__ import annotations`: DDP reads the annotations of its hook and wants types, not strings.
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,8 @@ class DataParallel:
             self._forward.register_comm_hook(self._gradient_comm, _sum_bucket)
             return
         self._sharded = True
+        # States are views, and nobody writes to one: the warning is about writing.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
         policy = MixedPrecisionPolicy(
             param_dtype=parameter_dtype,
             reduce_dtype=None if parameter_dtype is None else torch.float32,
