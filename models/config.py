@@ -8,10 +8,13 @@ from .errors import UserError
 from .mixers.attention import AttentionConfig
 from .mixers.lightning import LightningConfig
 from .mixers.linear_attention import LinearAttentionConfig
+from .mixers.mamba1 import Mamba1Config
 from .mixers.mamba2 import Mamba2Config
 from .mixers.retention import RetentionConfig
+from .mixers.s4d import S4DConfig
+from .mixers.s5 import S5Config
 
-LINEAR_MIXERS = ("linear_attention", "lightning", "retention", "mamba2")
+LINEAR_MIXERS = ("linear_attention", "lightning", "retention", "mamba2", "mamba1", "s4d", "s5")
 LETTERS = "LNM*-"
 
 
@@ -67,6 +70,15 @@ class ModelConfig:
 
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     """Mamba-2."""
+
+    mamba1: Mamba1Config = field(default_factory=Mamba1Config)
+    """Mamba-1."""
+
+    s4d: S4DConfig = field(default_factory=S4DConfig)
+    """S4D."""
+
+    s5: S5Config = field(default_factory=S5Config)
+    """S5."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):

@@ -10,8 +10,11 @@ from ..sequence import SequenceShard
 from .attention import SoftmaxAttention
 from .lightning import Lightning
 from .linear_attention import LinearAttention
+from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .retention import Retention
+from .s4d import S4D
+from .s5 import S5
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -44,4 +47,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "lightning": Lightning,
     "retention": Retention,
     "mamba2": Mamba2,
+    "mamba1": Mamba1,
+    "s4d": S4D,
+    "s5": S5,
 }

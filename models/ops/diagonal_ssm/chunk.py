@@ -38,7 +38,7 @@ class DiagonalSSM(ChunkedRecurrence):
         chunk: C.
     """
 
-    def __init__(self, chunk: int = 64) -> None:
+    def __init__(self, chunk: int = 32) -> None:
         self.chunk = chunk
 
     def state_shape(self, x: Inputs) -> tuple[int, ...]:
