@@ -19,6 +19,7 @@ from longhaul.parallel.comm import Comm, Handle
 
 from .base import Chain, Exchange, crosses, label, own_links
 from .runs import Window, make_runs, window_of
+from .walk import Walk
 
 
 class AllGather(Exchange):
@@ -49,20 +50,16 @@ class AllGather(Exchange):
         reverse: bool = False,
         want_end: bool = False,
     ) -> Pending:
-        return _States(self._gather(maps, chain, reverse, crosses(chain) or want_end), initial)
+        if not crosses(chain) and not want_end:
+            return Walk(self.comm).start(maps, chain, initial, reverse)  # which sends nothing
+        return _States(self._gather(maps, chain, reverse), initial)
 
     def start_windows(self, maps: AffineMap, chain: Chain, reverse: bool) -> PendingWindows:
         """The prefix as maps: see `Hierarchical`."""
-        return PendingWindows(self._gather(maps, chain, reverse, True))
+        return PendingWindows(self._gather(maps, chain, reverse))
 
-    def _gather(self, maps: AffineMap, chain: Chain, reverse: bool, needed: bool) -> _Gathering:
-        payload = _round(maps) if self.rounds else maps.pack()
-        if needed:
-            handle = self.comm.all_gather(payload, label(reverse))
-        else:
-            # No document crosses a boundary: nothing enters any part but the first, and all ranks know it.
-            nothing = payload.new_zeros(self.comm.size, *payload.shape)
-            handle = Handle((), lambda: nothing, lambda: None)
+    def _gather(self, maps: AffineMap, chain: Chain, reverse: bool) -> _Gathering:
+        handle = self.comm.all_gather(_round(maps) if self.rounds else maps.pack(), label(reverse))
         return _Gathering(maps, chain, reverse, self.comm.rank, handle, self.rounds)
 
 

@@ -3,7 +3,8 @@
 An exchange knows ranks, messages and when to post them. It never asks which mixer a map came from, nor what kind of map it
 is: it packs, sends, unpacks, composes and applies.
 
-Several exchanges may be under way on one group, if all ranks start them in one order and wait for them in that order.
+Several exchanges may be under way on one group, if all ranks start them in one order and wait for them in that order
+(not with `ring_blocking`, whose `start` waits for other ranks).
 Each has a tag of its own (`Comm.next_tag`), which keeps point-to-point messages apart where the backend has tags (gloo).
 NCCL has none: there, wait for a point-to-point exchange of several parts a rank before the next one starts.
 """
@@ -53,6 +54,7 @@ class Exchange(Protocol):
 
     def check(self, layout: SequenceLayout) -> None:
         """Refuse, with a `UserError`, a layout that this exchange cannot serve."""
+        return None
 
 
 def own_links(chain: Chain, rank: int) -> list[int]:

@@ -129,7 +129,7 @@ class _TwoLevels:
         slice_ = whole.split(size)[rank]
         pending = across.start(slice_, self.nodes, initial, self.reverse, self.want_end)
         entering_slice, end_slice = pending.wait()
-        state, end = self._gather(entering_slice[0], end_slice)
+        state, end = self._gather(entering_slice[0], end_slice if self.want_end else None)
         entering = torch.zeros_like(self.maps.offset)
         if self.run is not None:
             pass_through(self.maps, self.run, state if before is None else before.apply(state), entering)

@@ -4,12 +4,15 @@ No map mixes the columns of the value axis, so the state may be cut along it and
 has applied its own maps to it: block j travels while block j + 1 is on its way here. Only states travel, never M, so a
 rank receives one state for each of its runs that reads from another rank, whatever the kind of map: the lower bound.
 
-A rank handles its runs in chain order, and sends block j together with its receive of block j + 1. So the messages of two
-ranks match in order, and no order of the ranks can wait in a circle, with or without buffers in between.
+Messages are posted in waves: block j of the state that leaves a run goes one wave after it entered, and in wave 1 + j if
+it depends on nothing from elsewhere. All ranks know all waves, and post what they send and receive in one wave together. So
+the messages of two ranks match in order, and ranks cannot wait for each other in a circle, whatever the order of the parts
+and whether or not the backend buffers: all that belongs to the lowest unfinished wave can always go on.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -70,17 +73,17 @@ class _Walking:
         self.tag = comm.next_tag()
         self.initial = torch.zeros_like(maps.offset[0]) if initial is None else initial.to(maps.offset.dtype)
         self.entering = torch.zeros_like(maps.offset)
-        # Blocks [N, ..., V / K] of the maps, of what enters each part, and of what enters the chain.
+        # Blocks [N, ..., V / K] of the maps and of what enters each part, and [..., V / K] of what enters the chain.
         self.maps = maps.split(blocks)
         self.entering_blocks = self.entering.tensor_split(blocks, dim=-1)
-        self.initial_blocks = self.initial.tensor_split(blocks, dim=-1)
-        self.end: Tensor | None = None
+        self.initial_blocks = [block.contiguous() for block in self.initial.tensor_split(blocks, dim=-1)]
+        self.leaving: dict[tuple[int, int], Tensor] = {}  # by run and block
         self.sends: list[Handle] = []
         self.travel = self._travel()
         self.next: Handle | None = None
-        own = [k for k, run in enumerate(runs) if run.owner == comm.rank]
-        if blocking and own and (own[0] == 0 or not runs[own[0]].reads):
-            return  # nothing to receive: what is sent waits for the local work all the same
+        waves = self._waves()
+        if blocking and waves and not waves[min(waves)][1]:
+            return  # nothing to receive first: what is sent waits for the local work all the same
         self.next = next(self.travel, None)
         if blocking and self.next is not None:
             self.next.wait()
@@ -94,50 +97,49 @@ class _Walking:
             handle.wait()
         if not self.want_end or not self.runs:
             return self.entering, self.initial if self.want_end else None
-        end = torch.empty_like(self.initial) if self.end is None else self.end
-        return self.entering, self.comm.broadcast(end, self.runs[-1].owner, self.label).wait()
+        last = len(self.runs) - 1
+        blocks = [self.leaving.get((last, block), empty) for block, empty in enumerate(self.initial_blocks)]
+        return self.entering, self.comm.broadcast(torch.cat(blocks, dim=-1), self.runs[last].owner, self.label).wait()
+
+    def _waves(self) -> dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+        """Wave -> what this rank sends, as (run it leaves, block), and what it receives, as (run it enters, block)."""
+        waves: dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = defaultdict(lambda: ([], []))
+        wave = 0  # in which block 0 leaves the run before
+        for k, (run, after) in enumerate(zip(self.runs, self.runs[1:])):
+            wave = 1 if k == 0 or run.closed else wave + 1
+            for block in range(len(self.maps) if after.reads else 0):
+                if run.owner == self.comm.rank:
+                    waves[wave + block][0].append((k, block))
+                if after.owner == self.comm.rank:
+                    waves[wave + block][1].append((k + 1, block))
+        return waves
 
     def _travel(self) -> Iterator[Handle]:
         """Take the state through the runs held here; yields what must be waited for before it is resumed."""
         for k, run in enumerate(self.runs):
-            if run.owner != self.comm.rank:
-                continue
-            source = self.runs[k - 1].owner if k and run.reads else None
-            target = self.runs[k + 1].owner if k + 1 < len(self.runs) and self.runs[k + 1].reads else None
-            leaving: list[Tensor] = []
-            if source is None:
+            if run.owner == self.comm.rank and (k == 0 or not run.reads):
                 for block, state in enumerate(self.initial_blocks):
-                    leaving.append(pass_through(self.maps[block], run, state, self.entering_blocks[block]))
-                    self._send(target, leaving[-1])
-            else:
-                yield from self._receive(run, source, target, leaving)
-            if k + 1 == len(self.runs):
-                self.end = torch.cat(leaving, dim=-1)
-
-    def _receive(self, run: Run, source: int, target: int | None, leaving: list[Tensor]) -> Iterator[Handle]:
-        buffers = [torch.empty_like(block, memory_format=torch.contiguous_format) for block in self.initial_blocks]
-        if run.closed:
-            # What leaves does not wait for what enters.
-            handles = []
-            for block, buffer in enumerate(buffers):
-                leaving.append(pass_through(self.maps[block], run, torch.zeros_like(buffer)))
-                handles.append(self._exchange(target, leaving[-1], source, buffer))
-            for block, handle in enumerate(handles):
-                yield handle
-                pass_through(self.maps[block], run, buffers[block], self.entering_blocks[block])
-            return
-        handle = self._exchange(None, None, source, buffers[0])
-        for block, buffer in enumerate(buffers):
+                    self._enter(k, block, state)
+        for _, (sends, receives) in sorted(self._waves().items()):
+            handle = self.comm.exchange(
+                [(self.runs[k + 1].owner, self._leave(k, block)) for k, block in sends],
+                [(self.runs[k - 1].owner, torch.empty_like(self.initial_blocks[block])) for k, block in receives],
+                self.label,
+                self.tag,
+            )
+            if not receives:
+                self.sends.append(handle)
+                continue
             yield handle
-            leaving.append(pass_through(self.maps[block], run, buffer, self.entering_blocks[block]))
-            if block + 1 < len(buffers):
-                handle = self._exchange(target, leaving[-1], source, buffers[block + 1])
-        self._send(target, leaving[-1])
+            for (k, block), state in zip(receives, handle.wait()):
+                self._enter(k, block, state)
 
-    def _exchange(self, target: int | None, leaving: Tensor | None, source: int, buffer: Tensor) -> Handle:
-        send = [] if target is None or leaving is None else [(target, leaving)]
-        return self.comm.exchange(send, [(source, buffer)], self.label, self.tag)
+    def _enter(self, k: int, block: int, state: Tensor) -> None:
+        self.leaving[k, block] = pass_through(self.maps[block], self.runs[k], state, self.entering_blocks[block])
 
-    def _send(self, target: int | None, leaving: Tensor) -> None:
-        if target is not None:
-            self.sends.append(self.comm.exchange([(target, leaving)], [], self.label, self.tag))
+    def _leave(self, k: int, block: int) -> Tensor:
+        if (k, block) in self.leaving:
+            return self.leaving[k, block]
+        # What leaves a closed run does not wait for what enters it.
+        assert self.runs[k].closed, "a wave depends on earlier ones only"
+        return pass_through(self.maps[block], self.runs[k], torch.zeros_like(self.initial_blocks[block]))

@@ -101,7 +101,7 @@ def test_left_over_tokens_go_round(name: str) -> None:
 
 
 def test_chain_of_many_documents() -> None:
-    documents = Documents(range(0, 100_001))
+    documents = Documents(range(100_001))
     layout = SequenceLayout.make("zigzag", documents, 4)
     links = layout.chain(documents)
     assert len(links) == 8 and all(link.cut and not link.enters and link.tail == 1 for link in links)
