@@ -1,0 +1,173 @@
+"""Mamba-1, S4D and S5 on ranks and in one process: exact, causal, isolated, the same by chunks and by single tokens."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from longhaul.launcher.verify.exactness import compare, make_problem
+from longhaul.models.config import ModelConfig
+from longhaul.models.errors import UserError
+from longhaul.models.mixers.mamba1 import Mamba1Config
+from longhaul.models.mixers.registry import MIXERS as REGISTRY
+from longhaul.models.mixers.s4d import S4DConfig, initial_frequencies
+from longhaul.models.mixers.s5 import S5Config
+from longhaul.models.ops.diagonal_ssm.hippo import hippo_normal, zero_order_hold
+from longhaul.models.ops.segments import Documents
+from longhaul.models.sequence import WholeSequence
+from longhaul.parallel.comm import Comm
+from longhaul.parallel.layout import SequenceLayout
+from torch import nn
+
+from tests.harness.cases import document_tables, rank_lengths
+from tests.harness.numerics import TOLERANCE, assert_bitwise_equal, assert_close, assert_trees_close
+from tests.harness.pool import run_ranks
+
+from .ranks import make_shard
+
+WIDTH = 8
+CONFIG = ModelConfig(
+    hidden_size=WIDTH,
+    num_heads=2,
+    mamba1=Mamba1Config(state_size=3, chunk=8),
+    s4d=S4DConfig(state_size=6, chunk=8),
+    s5=S5Config(state_size=12, blocks=2, chunk=8),
+)
+MIXERS = ("mamba1", "s4d", "s5")
+BOUNDS = (0, 3, 5, 33, 34, 60)
+
+
+def make_module(mixer: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Decays of a few thousandths a token and less, so that what a rank hands over matters."""
+    torch.manual_seed(0)
+    module = REGISTRY[mixer].build(CONFIG, layer=1)
+    module.reset_parameters()
+    module = module.to(dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name == "A_log":
+                parameter.uniform_(-6, -2)
+            if name == "log_A_real":
+                parameter.uniform_(-4, -2)  # times a step of 0.001 to 0.1
+    return module
+
+
+def exactness(rank: int, world_size: int, mixer: str, num_tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """The worst error of every tensor over all tables and layouts, with where it was."""
+    comm, worst = Comm(dist.group.WORLD), {}
+    module = make_module(mixer, dtype)
+    for table, bounds in document_tables(num_tokens).items():
+        for first_position, keep_state in ((0, False), (0, True), (5, True), (5, False)):
+            documents = Documents(bounds, first_position)
+            problem = make_problem(module, documents, WIDTH, 1, dtype, keep_state)
+            for name, lengths in rank_lengths(num_tokens, world_size).items():
+                layout = SequenceLayout.contiguous(num_tokens, world_size, lengths)
+                errors = compare(module, functools.partial(make_shard, comm), layout, problem, comm)
+                for tensor, value in errors.items():
+                    if not value <= worst.get(tensor, (-1.0,))[0]:
+                        worst[tensor] = (value, f"documents {table} from {first_position}, {name}, state {keep_state}")
+    return worst
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_ranks_equal_one_process(mixer: str, world_size: int) -> None:
+    dtype = torch.float64
+    for rank, worst in enumerate(run_ranks(exactness, world_size, mixer=mixer, num_tokens=37, dtype=dtype, timeout=120)):
+        assert {"output", "input gradient", "final state 0", "state gradient 0"} <= set(worst)
+        for tensor, (value, where) in worst.items():
+            assert value <= TOLERANCE[dtype], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_single_precision(mixer: str) -> None:
+    for rank, worst in enumerate(run_ranks(exactness, 3, mixer=mixer, num_tokens=63, dtype=torch.float32, timeout=120)):
+        for tensor, (value, where) in worst.items():
+            assert value <= TOLERANCE[torch.float32], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_token_sees_a_later_one(mixer: str, training: bool, generator: torch.Generator) -> None:
+    module, shard = make_module(mixer).train(training), WholeSequence(Documents((0, 60)))
+    x = torch.randn(60, WIDTH, generator=generator, dtype=torch.float64)
+    before, _ = module(x, shard)
+    for edited in (1, 31, 59):
+        changed = x.clone()
+        changed[edited] += 1
+        after, _ = module(changed, shard)
+        assert_bitwise_equal(after[:edited], before[:edited], f"outputs before token {edited}")
+        assert (after[edited:] != before[edited:]).any(1).all(), "a later token forgot at once"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_packed_document_equals_itself_alone(mixer: str, generator: torch.Generator) -> None:
+    module = make_module(mixer)
+    x = torch.randn(60, WIDTH, generator=generator, dtype=torch.float64)
+    packed, _ = module(x, WholeSequence(Documents(BOUNDS)))
+    for start, stop in zip(BOUNDS, BOUNDS[1:]):
+        alone, _ = module(x[start:stop], WholeSequence(Documents((0, stop - start))))
+        assert_close(packed[start:stop], alone, f"document {start}..{stop}")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_one_token_steps_equal_the_whole(mixer: str, generator: torch.Generator) -> None:
+    module = make_module(mixer)
+    x = torch.randn(30, WIDTH, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        whole, final = module(x, WholeSequence(Documents((0, 30)), keep_state=True))
+        state, outputs = None, []
+        for t in range(30):
+            shard = WholeSequence(Documents((0, 1), first_position=t), keep_state=True)
+            y, state = module(x[t : t + 1], shard, state)
+            outputs.append(y)
+    assert_close(torch.cat(outputs), whole, "outputs")
+    assert_trees_close(state, final, "state")
+
+
+def test_hippo_normal_is_the_normal_part_of_legs() -> None:
+    size = 8
+    n = torch.arange(size, dtype=torch.float64)
+    legs = -((2 * n + 1).sqrt()[:, None] * (2 * n + 1).sqrt()).tril(-1) - torch.diag(n + 1)
+    P = (n + 0.5).sqrt()
+    normal = legs + P[:, None] * P
+    frequencies, V = hippo_normal(size)
+    values = torch.complex(torch.full_like(frequencies, -0.5), frequencies)
+    assert_close(2 * (V * values @ V.mH).real, normal, "V Lambda V^* and its conjugate")
+    assert_close(V.mH @ V, torch.eye(size // 2, dtype=V.dtype), "orthonormal")
+
+
+def test_initial_frequencies() -> None:
+    assert_close(initial_frequencies("lin", 6), torch.tensor([0, math.pi, 2 * math.pi], dtype=torch.float64), "lin")
+    inverse = torch.tensor([5.0, 1.0, 0.2], dtype=torch.float64) * 6 / math.pi
+    assert_close(initial_frequencies("inv", 6), inverse, "inv")
+    assert_close(initial_frequencies("legs", 6), hippo_normal(6)[0], "legs")
+
+
+def test_zero_order_hold_of_a_slow_state_keeps_its_digits() -> None:
+    A = torch.tensor([-0.5 + 0.3j, -0.5 + 40j, -1e-9 + 1e-9j], dtype=torch.complex128)
+    wide = ((A * 1e-3).exp() - 1) / A
+    wide[2] = 1e-3
+    narrow = A.to(torch.complex64)
+    assert_close(zero_order_hold(narrow * 1e-3, narrow), wide.to(torch.complex64), "B-bar", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("bad", (lambda: S4DConfig(state_size=5), lambda: S4DConfig(init="fout"), lambda: S5Config(blocks=3)))
+def test_impossible_sizes_are_refused(bad) -> None:
+    with pytest.raises(UserError, match="s4d|s5"):
+        bad()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_published_initial_values(mixer: str) -> None:
+    module = REGISTRY[mixer].build(dataclasses.replace(CONFIG, hidden_size=64), layer=0)
+    module.reset_parameters()
+    if mixer == "mamba1":
+        assert_close(module.A_log.exp(), torch.tensor([1.0, 2, 3]).expand(128, 3), "-A")
+        dt = torch.nn.functional.softplus(module.dt_bias)
+    else:
+        dt = module.log_dt.exp()
+    assert 0.9e-3 < dt.min() < 0.03 and 0.01 < dt.max() < 0.11
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
