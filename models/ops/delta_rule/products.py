@@ -11,7 +11,7 @@ from ..recurrence import Inputs
 from ..segments import Segments
 from .decays import ChannelDecays, HeadDecays
 
-SLAB_ELEMENTS = 1 << 20  # entries of one [m, H, C, C] temporary: it stays in cache, and memory stays bounded
+CPU_SLAB, DEVICE_SLAB = 1 << 18, 1 << 24  # entries of one [m, H, C, C] temporary: a cache holds it; elsewhere, few launches
 
 
 class Chunks:
@@ -59,7 +59,8 @@ class Chunks:
 
     def slabs(self) -> list[slice]:
         count = self.grid.num_chunks
-        step = max(1, SLAB_ELEMENTS // (self.heads * self.grid.size**2))
+        budget = CPU_SLAB if self.v.device.type == "cpu" else DEVICE_SLAB
+        step = max(1, budget // (self.heads * self.grid.size**2))
         return [slice(n, min(n + step, count)) for n in range(0, count, step)]
 
     def empty(self, *shape: int) -> Tensor:
