@@ -124,7 +124,7 @@ def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[She
 
     documents = list(range(len(problem.length)))
     search = Search(problem, documents, work)
-    states = search.run(width=8, keep=3)
+    states = search.run(width=4, keep=3)
     options = []
     for state in states:
         shelves = realise(problem, search, state, work)

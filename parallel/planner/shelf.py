@@ -16,6 +16,8 @@ from longhaul.parallel.planner.problem import Problem, Shelf, Work
 
 HEIGHTS = (1.0, 1.07, 1.14, 1.22, 1.32, 1.45, 1.7, 2.0)
 RATIOS = (LOOSE, 1.6)
+SEEDS = 3
+TALLEST = 4.0
 POURED = 0.97  # share of a fluid's room that whole documents fill
 
 
@@ -131,8 +133,8 @@ class Search:
         seed = state.left[0]
         lowest = problem.least[seed]
         base = max(lowest, int(0.92 * self.natural))
-        heights = {time + problem.start[k] for k, time in enumerate(problem.time[seed])}
-        heights = {height for height in heights if base <= height <= 2.5 * base}
+        heights = {time + problem.start[k] for i in state.left[:SEEDS] for k, time in enumerate(problem.time[i])}
+        heights = {height for height in heights if base <= height <= TALLEST * base}
         heights.update(int(base * factor) for factor in HEIGHTS)
         found: dict[tuple[int, int], tuple[Filled, int]] = {}
         for height in sorted(heights):

@@ -1,0 +1,184 @@
+"""Fit the cost model to measured times, once by least squares and then online with each step's timers.
+
+A sample is a group that ran alone or in a step: its documents' lengths, its kind of block and the seconds it took. The unknowns
+are the coefficients of the model: quadratic and linear seconds of each kind of layer cannot be told apart by a whole step's time, so a
+fit scales the *terms*: quadratic work, linear work, communication per token, communication per group, and the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from longhaul.models.errors import UserError
+from longhaul.parallel.planner.cluster import Cluster, Kind, kinds_of
+from longhaul.parallel.planner.cost import CostModel
+
+TERMS = ("quadratic", "linear", "traffic", "exchange", "bias")
+DIGITS = 4  # significant digits kept: every rank rounds to the same model
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measured group: lengths of its documents, its degree, the seconds it took (bias included), its first rank."""
+
+    lengths: tuple[int, ...]
+    degree: int
+    time: float
+    first: int = 0
+
+
+def kind_at(cluster: Cluster, degree: int, first: int = 0) -> Kind:
+    """Kind of the block that starts at `first`, tokens shared by speed."""
+    for kind in kinds_of(cluster):
+        if kind.degree == degree and first in kind.firsts:
+            candidates = [other for other in kinds_of(cluster) if other.degree == degree and first in other.firsts]
+            return min(candidates, key=lambda other: other.slowdown)
+    raise UserError(f"No block of degree {degree} starts at rank {first}: degrees are powers of two, aligned to themselves.")
+
+
+def features(sample: Sample, cluster: Cluster, model: CostModel) -> np.ndarray:
+    """Seconds that each term of the model predicts for a sample. -> [terms]"""
+    kind = kind_at(cluster, sample.degree, sample.first)
+    lengths = np.asarray(sample.lengths, np.int64)
+    share = kind.slowdown / kind.degree
+    found = np.zeros(len(TERMS))
+    for layer in model.layers:
+        linear = layer.layers * layer.linear * float(lengths.sum())
+        found[0] += (float(layer.compute(lengths).sum()) - linear) * share
+        found[1] += linear * share
+        found[2] += layer.per_token(cluster, kind.degree, kind.link_speed) * float(lengths.sum())
+        found[3] += layer.per_group(cluster, kind.degree, kind.link_speed)
+    found[4] = model.bias
+    return found
+
+
+def quantise(value: float) -> float:
+    """A value rounded to a few significant digits."""
+    return float(f"{value:.{DIGITS - 1}e}")
+
+
+def scaled(model: CostModel, scale: np.ndarray) -> CostModel:
+    """The model with each term multiplied; traffic and exchange are scaled by their bytes."""
+    layers = tuple(
+        replace(
+            layer,
+            quadratic=quantise(layer.quadratic * scale[0]),
+            linear=quantise(layer.linear * scale[1]),
+            token_bytes=quantise(layer.token_bytes * scale[2]),
+            state_bytes=quantise(layer.state_bytes * scale[3]),
+            halo_bytes=quantise(layer.halo_bytes * scale[3]),
+        )
+        for layer in model.layers
+    )
+    return replace(model, layers=layers, bias=quantise(model.bias * scale[4]))
+
+
+def predict(sample: Sample, cluster: Cluster, model: CostModel) -> float:
+    """Predicted seconds of a sample, bias included."""
+    return float(features(sample, cluster, model).sum())
+
+
+def prediction_error(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> float:
+    """Mean relative error of the model's times: 0.06 is six per cent."""
+    errors = [abs(predict(sample, cluster, model) - sample.time) / sample.time for sample in samples]
+    return sum(errors) / len(errors)
+
+
+def fit_scale(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> np.ndarray:
+    """Non-negative least squares of relative errors; a term that no sample shows keeps its value. -> [terms]"""
+    table = np.stack([features(sample, cluster, model) for sample in samples])  # [samples, terms]
+    times = np.asarray([sample.time for sample in samples])
+    weighted = table / times[:, None]
+    seen = np.flatnonzero(weighted.max(axis=0) > 1e-6)
+    scale = np.ones(len(TERMS))
+    target = 1.0 - weighted[:, [t for t in range(len(TERMS)) if t not in seen]].sum(axis=1)
+    active = list(seen)
+    while active:  # drop the most negative term until none is: few terms, so this is cheap and deterministic
+        found = np.linalg.lstsq(weighted[:, active], target, rcond=1e-9)[0]
+        worst = int(np.argmin(found))
+        if found[worst] >= 0.0:
+            scale[active] = found
+            break
+        scale[active[worst]] = 0.0
+        active.pop(worst)
+    return scale
+
+
+def calibrate(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> CostModel:
+    """Model whose terms are fitted to the samples.
+
+    Args:
+        samples: measured groups, of several lengths and degrees.
+        cluster: where they ran.
+        model: structure and first guess.
+    """
+    if len(samples) < 2:
+        raise UserError(f"{len(samples)} samples cannot fit a cost model: time groups of at least two lengths and two degrees.")
+    if any(sample.time <= 0 for sample in samples):
+        raise UserError("A sample took no time: time groups with a synchronised clock.")
+    return scaled(model, fit_scale(samples, cluster, model))
+
+
+@dataclass(frozen=True)
+class Online:
+    """A cost model that follows the step timers.
+
+    Each step's samples (already reduced over ranks, so that all see the same) give a scale of the computing terms and one of the
+    bias; both are averaged exponentially. The model in use changes only when the average has drifted by `hysteresis`, so that plans do not
+    flicker. `state` is what a checkpoint keeps.
+
+    Attributes:
+        model: the model in use.
+        cluster: where the samples ran.
+        average: averaged ratio of measured to predicted time.
+        error: averaged relative error of the predictions.
+        weight: weight of a new step.
+        hysteresis: drift that changes the model.
+    """
+
+    model: CostModel
+    cluster: Cluster
+    average: float = 1.0
+    error: float = 0.0
+    weight: float = 0.1
+    hysteresis: float = 0.03
+
+    def update(self, samples: Sequence[Sample]) -> Online:
+        """The next state, given a step's samples."""
+        if not samples:
+            return self
+        predicted = sum(predict(sample, self.cluster, self.model) for sample in samples)
+        measured = sum(sample.time for sample in samples)
+        error = prediction_error(samples, self.cluster, self.model)
+        average = quantise((1.0 - self.weight) * self.average + self.weight * measured / predicted)
+        error = quantise((1.0 - self.weight) * self.error + self.weight * error)
+        if abs(average - 1.0) <= self.hysteresis:
+            return replace(self, average=average, error=error)
+        return replace(self, model=scaled(self.model, np.full(len(TERMS), average)), average=1.0, error=error)
+
+    def state(self) -> dict[str, float]:
+        """Numbers a checkpoint keeps beside the model's own."""
+        return {"average": self.average, "error": self.error}
+
+
+def updated_speeds(cluster: Cluster, seconds: Sequence[float], weight: float = 0.2, hysteresis: float = 0.05) -> Cluster:
+    """Cluster whose rank speeds follow measured compute times of equal work (stragglers).
+
+    Args:
+        cluster: the present one.
+        seconds: time of each rank for the same work, reduced over ranks so that all see the same. [ranks]
+        weight: weight of the new measurement.
+        hysteresis: speeds that changed less than this stay.
+    """
+    if len(seconds) != cluster.ranks or min(seconds) <= 0:
+        raise UserError(f"Speeds need one time above 0 for each of {cluster.ranks} ranks, not {len(seconds)} times.")
+    middle = sorted(seconds)[len(seconds) // 2]
+    speeds = []
+    for rank, time in enumerate(seconds):
+        old = cluster.speeds[rank] if cluster.speeds else 1.0
+        new = round((1.0 - weight) * old + weight * middle / time, 2)
+        speeds.append(new if abs(new - old) > hysteresis * old else old)
+    return replace(cluster, speeds=tuple(speeds))
