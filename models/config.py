@@ -6,15 +6,33 @@ from dataclasses import dataclass, field
 
 from .errors import UserError
 from .mixers.attention import AttentionConfig
+from .mixers.based import BasedConfig
+from .mixers.gla import GLAConfig
+from .mixers.hgrn2 import HGRN2Config
 from .mixers.lightning import LightningConfig
 from .mixers.linear_attention import LinearAttentionConfig
 from .mixers.mamba1 import Mamba1Config
 from .mixers.mamba2 import Mamba2Config
+from .mixers.rebased import ReBasedConfig
 from .mixers.retention import RetentionConfig
+from .mixers.rwkv6 import RWKV6Config
 from .mixers.s4d import S4DConfig
 from .mixers.s5 import S5Config
 
-LINEAR_MIXERS = ("linear_attention", "lightning", "retention", "mamba2", "mamba1", "s4d", "s5")
+LINEAR_MIXERS = (
+    "linear_attention",
+    "lightning",
+    "retention",
+    "mamba2",
+    "mamba1",
+    "s4d",
+    "s5",
+    "gla",
+    "hgrn2",
+    "rwkv6",
+    "based",
+    "rebased",
+)
 LETTERS = "LNM*-"
 
 
@@ -79,6 +97,21 @@ class ModelConfig:
 
     s5: S5Config = field(default_factory=S5Config)
     """S5."""
+
+    gla: GLAConfig = field(default_factory=GLAConfig)
+    """Gated linear attention."""
+
+    hgrn2: HGRN2Config = field(default_factory=HGRN2Config)
+    """HGRN2."""
+
+    rwkv6: RWKV6Config = field(default_factory=RWKV6Config)
+    """RWKV-6."""
+
+    based: BasedConfig = field(default_factory=BasedConfig)
+    """Based."""
+
+    rebased: ReBasedConfig = field(default_factory=ReBasedConfig)
+    """ReBased."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):

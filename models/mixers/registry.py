@@ -8,11 +8,16 @@ from torch import Tensor, nn
 
 from ..sequence import SequenceShard
 from .attention import SoftmaxAttention
+from .based import Based
+from .gla import GLA
+from .hgrn2 import HGRN2
 from .lightning import Lightning
 from .linear_attention import LinearAttention
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
+from .rebased import ReBased
 from .retention import Retention
+from .rwkv6 import RWKV6
 from .s4d import S4D
 from .s5 import S5
 
@@ -50,4 +55,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1,
     "s4d": S4D,
     "s5": S5,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "rwkv6": RWKV6,
+    "based": Based,
+    "rebased": ReBased,
 }
