@@ -1,207 +1,168 @@
-"""LASP-2H: softmax attention by one all-gather of keys and values.
+"""LASP-2H: softmax attention by an all-gather of keys and values.
 
-Sun et al. (arXiv 2502.07563), section 3.4, and the context parallelism of Llama 3. Keys and values travel in one message;
-attention to a rank's own keys runs while they do. The backward gathers them again (cheaper than holding them for every
-layer) and sums their gradients by one reduce-scatter.
+Sun et al. (arXiv 2502.07563), section 3.4, and the context parallelism of Llama 3. Keys and values travel in one message
+a slice of key heads; attention to a rank's own keys runs while the first does, and a slice's while the next travels, so
+no more than two gathered slices are held. The backward gathers them again (cheaper than holding them for every layer) and
+sums their gradients by one reduce-scatter a slice. The gathered rows are put in stream order, so every layout is the same.
 
-Received per rank and layer, with n the most tokens any rank holds: forward `(P - 1) n Hkv (K + V)` elements of the input
-dtype, backward the same again plus `(P - 1) n Hkv (K + V)` of the accumulation dtype.
+Received per rank and layer, with n the most tokens any rank holds, whatever the number of slices: forward
+`(P - 1) n Hkv (K + V)` elements of the input dtype, backward the same again plus `(P - 1) n Hkv (K + V)` of the accumulation
+dtype. Nothing where no document crosses ranks.
 
-Legend: T tokens held here, L tokens of the stream, B tokens of the incoming state, P ranks, H heads, Hkv key heads, K, V widths.
+Legend: T tokens held here, L tokens of the stream, B tokens of the incoming state, P ranks, H heads, Hkv key heads, h key
+heads of a slice, K, V widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longhaul.models.ops import recompute
-from longhaul.models.ops.attention import (
-    Mask,
-    Piece,
-    attend_varlen,
-    attend_varlen_backward,
-    merge,
-)
-from longhaul.models.sequence import KVState
+from longhaul.models.errors import UserError
+from longhaul.models.ops.attention import Mask, Piece, attend_varlen, attend_varlen_backward, merge
 from longhaul.parallel.comm import Comm, Handle
 from longhaul.parallel.exchange.base import crosses
+from longhaul.parallel.layout import even_cut
 from longhaul.parallel.shard import RankShard
 
+from .base import Call, Engine, Gradients, Past, Shape, cached, holdings
+from .pieces import Held, Run, held_by, past_runs, visible
 
-class AllGatherAttention:
-    """One all-gather of K and V each way, and one reduce-scatter of their gradients."""
+
+class AllGatherAttention(Engine):
+    """One all-gather of K and V each way and one reduce-scatter of their gradients, a slice of heads.
+
+    Args:
+        head_slices: slices into which the key heads are cut (as many as there are heads at most): memory for gathered keys
+            and values shrinks by it, messages grow by it.
+    """
 
     name = "all_gather"
 
-    def __init__(self, comm: Comm) -> None:
-        self.comm = comm
+    def __init__(self, comm: Comm, head_slices: int = 1) -> None:
+        super().__init__(comm)
+        if head_slices < 1:
+            raise UserError(f"Attention 'all_gather' cuts the key heads into at least 1 slice, not {head_slices}.")
+        self.head_slices = head_slices
 
-    def attend(
-        self, shard: RankShard, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: KVState | None, scale: float
-    ) -> tuple[Tensor, KVState | None]:
-        before = 0 if state is None or not shard.documents.first_position else state.k.shape[0]
-        plan = _Plan(self.comm, shard, mask, scale, before)
-        past = (None, None) if state is None or not before else (state.k, state.v)
-        out, k_end, v_end = _Attend.apply(plan, q, k, v, *past)
-        return out, KVState(k_end, v_end) if shard.keep_state else None
+    def call(self, shard: RankShard, shape: Shape, mask: Mask, scale: float, before: int, dtype: torch.dtype) -> Call:
+        work = cached(shard, (self.name, mask, before), lambda: _work(self.comm, shard, mask, before))
+        slices = even_cut(0, shape.key_heads, min(self.head_slices, shape.key_heads))
+        return _Call(self.comm, work, slices, shape, mask.window, scale)
 
 
 class _Work(NamedTuple):
-    """Queries against keys held here, and against keys before (and after) them in [state | stream]."""
+    """Whose rows are where, and the pieces of this rank.
 
+    Attributes:
+        needed: some document crosses ranks.
+        most: the most tokens any rank holds.
+        stream: all tokens, in order.
+        own, past, others: against keys held here, of the incoming state, and of the stream.
+    """
+
+    needed: bool
+    most: int
+    stream: Held
     own: list[Piece]
-    remote: list[Piece]
+    past: list[Piece]
+    others: list[Piece]
 
 
-class _Plan:
-    def __init__(self, comm: Comm, shard: RankShard, mask: Mask, scale: float, before: int) -> None:
-        self.comm, self.shard, self.mask, self.scale, self.before = comm, shard, mask, scale, before
-        self.most = shard.layout.max_tokens()
-        self.needed = crosses(shard.chain) or shard.keep_state or before > 0
+def _work(comm: Comm, shard: RankShard, mask: Mask, before: int) -> _Work:
+    stream = held_by(shard.layout, shard.documents, range(comm.size))
+    mine = holdings(shard)[comm.rank].runs
+    # A run sees its own keys here; every other key of the stream, its own rank's too, comes with the gather.
+    own, others = [], []
+    for run in mine:
+        own += visible([run], [run], mask)
+        others += visible([run], _without(stream.runs, run), mask)
+    needed = crosses(shard.chain)
+    return _Work(needed, shard.layout.max_tokens(), stream, own, visible(mine, past_runs(before), mask), others)
 
-    def work(self) -> _Work:
-        """The pieces of this rank; keys of `remote` count from the start of [state | stream]."""
-        segments, documents = self.shard.segments, self.shard.documents
-        own, remote = [], []
-        for s in range(segments.num_segments):
-            start, stop = segments.bounds[s], segments.bounds[s + 1]
-            part, document = segments.part_of[s], segments.document_of[s]
-            own.append(Piece(start, stop, start, stop, self.mask.causal))
-            first = self.before + segments.part_starts[part] + start - segments.part_bounds[part]
-            opens = 0 if document == 0 else self.before + documents.bounds[document]
-            # A gap of its own length puts the first query right after the last of the earlier keys.
-            if opens < first:
-                remote.append(Piece(start, stop, opens, first, False, gap=stop - start))
-            last, closes = first + stop - start, self.before + documents.bounds[document + 1]
-            if not self.mask.causal and last < closes:
-                remote.append(Piece(start, stop, last, closes, False, gap=last - closes))
-        return _Work(own, remote)
 
-    def start_gather(self, k: Tensor, v: Tensor, label: str) -> Handle | None:
-        """Post K and V as one message, padded to the most tokens any rank holds."""
-        if not self.needed:
+def _without(stream: list[Run], run: Run) -> list[Run]:
+    """The stream's runs of the document of `run`, less its own tokens."""
+    whole = next(other for other in stream if other.document == run.document)
+    first = whole.start + run.first - whole.first
+    last = first + run.stop - run.start
+    around = [whole._replace(stop=first), whole._replace(start=last, first=run.last + 1)]
+    return [part for part in around if part.stop > part.start]
+
+
+class _Call(Call):
+    def __init__(
+        self, comm: Comm, work: _Work, slices: list[tuple[int, int]], shape: Shape, window: int | None, scale: float
+    ) -> None:
+        self.comm, self.work, self.shape, self.window, self.scale = comm, work, shape, window, scale
+        self.slices = slices if work.needed else []
+        self.group = shape.heads // shape.key_heads
+        self.widths = [shape.key_width, shape.value_width]
+
+    def _start(self, k: Tensor, v: Tensor, index: int, label: str) -> Handle | None:
+        """Post a slice of K and V as one message, padded to the most tokens any rank holds."""
+        if index >= len(self.slices):
             return None
-        width = k.shape[2] + v.shape[2]
-        payload = k.new_zeros(self.most, k.shape[1], width)
-        torch.cat([k, v], dim=2, out=payload[: k.shape[0]])
+        a, b = self.slices[index]
+        payload = k.new_zeros(self.work.most, b - a, sum(self.widths))
+        payload[: k.shape[0]] = torch.cat([k[:, a:b], v[:, a:b]], dim=2)
         return self.comm.all_gather(payload, label)
 
-    def finish_gather(self, handle: Handle | None, past: Sequence[Tensor | None], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of [state | stream], [B + L, Hkv, K] and [B + L, Hkv, V]."""
-        if handle is None:
-            return k.new_zeros(0, *k.shape[1:]), v.new_zeros(0, *v.shape[1:])
-        gathered = handle.wait()  # [P, n, Hkv, K + V]
-        stream = torch.cat([gathered[rank, a:b] for rank, a, b in self.pieces_in_order()])
-        keys, values = stream.split([k.shape[2], v.shape[2]], dim=2)
-        if past[0] is None or past[1] is None:
-            return keys, values
-        return torch.cat([past[0], keys]), torch.cat([past[1], values])
+    def _slices(self, handle: Handle | None, k: Tensor, v: Tensor, label: str) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(first and last key head, keys [L, h, K], values [L, h, V]) of each slice; the next one is under way."""
+        for index, (a, b) in enumerate(self.slices):
+            assert handle is not None, "a slice is posted before the one ahead of it is worked on"
+            gathered = handle.wait()  # [P, n, h, K + V]
+            handle = self._start(k, v, index + 1, label)
+            stream = torch.cat([gathered[rank, start:stop] for rank, start, stop in self.work.stream.sources])
+            keys, values = stream.split(self.widths, dim=2)
+            yield a, b, keys, values
 
-    def pieces_in_order(self) -> list[tuple[int, int, int]]:
-        """(rank, start, stop) of each part among its rank's tokens, in stream order."""
-        offsets, result = {}, []
-        for rank, ranges in enumerate(self.shard.layout.parts):
-            offset = 0
-            for slot, (start, stop) in enumerate(ranges):
-                offsets[rank, slot] = (offset, offset + stop - start)
-                offset += stop - start
-        for rank, slot in self.shard.layout.order:
-            result.append((rank, *offsets[rank, slot]))
-        return result
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+        handle = self._start(k, v, 0, "kv forward")
+        self.comm.ledger.mark("local start")
+        out, lse = attend_varlen(q, k, v, self.work.own, self.scale, self.window)
+        if past is not None:
+            out, lse = merge(out, lse, *attend_varlen(q, *past, self.work.past, self.scale, self.window))
+        self.comm.ledger.mark("local end")
+        for a, b, keys, values in self._slices(handle, k, v, "kv forward"):
+            heads = slice(a * self.group, b * self.group)
+            if self.work.others:
+                part = attend_varlen(q[:, heads], keys, values, self.work.others, self.scale, self.window)
+                out[:, heads], lse[:, heads] = merge(out[:, heads], lse[:, heads], *part)
+        return out, lse
 
-    def state_range(self) -> slice:
-        """Which of [state | stream] a continuation of the last document needs."""
-        documents = self.shard.documents
-        total = self.before + documents.num_tokens
-        start = self.before + documents.bounds[-2] if documents.num_documents > 1 else 0
-        if documents.num_documents == 1 and not documents.first_position:
-            start = self.before
-        if self.mask.window is not None:
-            start = max(start, total - (self.mask.window - 1))
-        return slice(start, total)
+    def backward(self, dout: Tensor, residuals: tuple[Tensor, ...], past: Past) -> Gradients:
+        q, k, v, out, lse = residuals
+        handle = self._start(k, v, 0, "kv backward")
+        self.comm.ledger.mark("local start")
+        dq, dk, dv = attend_varlen_backward(dout, q, k, v, out, lse, self.work.own, self.scale, self.window)
+        dpast = None
+        if past is not None:
+            more = attend_varlen_backward(dout, q, *past, out, lse, self.work.past, self.scale, self.window)
+            dq, dpast = dq + more[0], torch.cat(more[1:], dim=2)
+        self.comm.ledger.mark("local end")
+        summing: list[tuple[int, int, Handle]] = []
+        for a, b, keys, values in self._slices(handle, k, v, "kv backward"):
+            heads = slice(a * self.group, b * self.group)
+            queries = (dout[:, heads], q[:, heads], keys, values, out[:, heads], lse[:, heads])
+            part = attend_varlen_backward(*queries, self.work.others, self.scale, self.window)
+            dq[:, heads] += part[0]
+            summing.append((a, b, self._scatter(torch.cat(part[1:], dim=2))))
+        for a, b, pending in summing:
+            more_k, more_v = pending.wait()[: k.shape[0]].split(self.widths, dim=2)
+            dk[:, a:b] += more_k
+            dv[:, a:b] += more_v
+        return Gradients(dq, dk, dv, dpast)
 
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, k_past: Tensor | None, v_past: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        out, lse, k_end, v_end = recompute.keep(lambda: _forward(plan, q, k, v, (k_past, v_past)))
-        ctx.plan = plan
-        ctx.save_for_backward(q, k, v, k_past, v_past, out, lse)
-        return out, k_end, v_end
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor, dk_end: Tensor | None, dv_end: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
-        q, k, v, k_past, v_past, out, lse = ctx.saved_tensors
-        handle = plan.start_gather(k, v, "kv backward")
-        work = plan.work()
-        plan.comm.ledger.mark("local start")
-        dq, dk, dv = attend_varlen_backward(dout, q, k, v, out, lse, work.own, plan.scale, plan.mask.window)
-        plan.comm.ledger.mark("local end")
-        dk_past = dv_past = None
-        if handle is not None:
-            keys, values = plan.finish_gather(handle, (k_past, v_past), k, v)
-            remote = attend_varlen_backward(
-                dout, q, keys, values, out, lse, work.remote, plan.scale, plan.mask.window
-            )
-            dq = dq + remote[0]
-            dkv = torch.cat(remote[1:], dim=2)  # [B + L, Hkv, K + V]
-            own = _scatter(plan, dkv[plan.before :])
-            ends = plan.shard.keep_state and dk_end is not None and dv_end is not None
-            end = torch.zeros_like(dkv)
-            if ends:
-                assert dk_end is not None and dv_end is not None
-                end[plan.state_range()] = torch.cat([dk_end, dv_end], dim=2).to(end.dtype)
-            # A state's cotangent is whole on every rank: each owner takes its own tokens' share once.
-            own = own + _local(plan, end[plan.before :])
-            dk, dv = dk + own[..., : k.shape[2]], dv + own[..., k.shape[2] :]
-            if plan.before:
-                past = plan.comm.all_reduce(dkv[: plan.before], "kv state backward").wait() + end[: plan.before]
-                dk_past, dv_past = past.split([k.shape[2], v.shape[2]], dim=2)
-                dk_past, dv_past = dk_past.to(k.dtype), dv_past.to(v.dtype)
-        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dk_past, dv_past
-
-
-def _forward(
-    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, past: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    handle = plan.start_gather(k, v, "kv forward")
-    work = plan.work()
-    plan.comm.ledger.mark("local start")
-    out, lse = attend_varlen(q, k, v, work.own, plan.scale, plan.mask.window)
-    plan.comm.ledger.mark("local end")
-    if handle is None:
-        return out.to(q.dtype), lse, None, None
-    keys, values = plan.finish_gather(handle, past, k, v)
-    if work.remote:
-        earlier = attend_varlen(q, keys, values, work.remote, plan.scale, plan.mask.window)
-        out, lse = merge(out, lse, *earlier)
-    if not plan.shard.keep_state:
-        return out.to(q.dtype), lse, None, None
-    kept = plan.state_range()
-    return out.to(q.dtype), lse, keys[kept].clone(), values[kept].clone()
-
-
-def _scatter(plan: _Plan, dkv: Tensor) -> Tensor:
-    """Sum every rank's gradients of the stream's keys, [L, ...], and keep this rank's, [T, ...]."""
-    blocks = dkv.new_zeros(plan.comm.size, plan.most, *dkv.shape[1:])
-    token = 0
-    for rank, start, stop in plan.pieces_in_order():
-        blocks[rank, start:stop] = dkv[token : token + stop - start]
-        token += stop - start
-    return plan.comm.reduce_scatter(blocks, "kv backward").wait()[: plan.shard.num_tokens]
-
-
-def _local(plan: _Plan, stream: Tensor) -> Tensor:
-    """This rank's rows of [L, ...], [T, ...]."""
-    return torch.cat([stream[start:stop] for start, stop in plan.shard.layout.parts[plan.comm.rank]])
+    def _scatter(self, dkv: Tensor) -> Handle:
+        """Sum every rank's gradients of the stream's keys, [L, h, K + V], and keep this rank's, [n, h, K + V]."""
+        blocks = dkv.new_zeros(self.comm.size, self.work.most, *dkv.shape[1:])
+        token = 0
+        for rank, start, stop in self.work.stream.sources:
+            blocks[rank, start:stop] = dkv[token : token + stop - start]
+            token += stop - start
+        return self.comm.reduce_scatter(blocks, "kv backward")
