@@ -1,0 +1,86 @@
+"""The main job on several topologies is one job: gradients, norms and parameters agree, whatever the ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from longhaul.launcher.parsing import parse
+from longhaul.launcher.trainer import Trainer
+from longhaul.parallel.runtime import Runtime
+
+from tests.harness.numerics import assert_close
+from tests.harness.pool import run_ranks
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+STEPS = 20
+TOPOLOGIES = {"sp1": (1, 1), "sp2": (1, 2), "sp4": (1, 4), "dp2": (2, 1), "dp2 x sp2": (2, 2)}  # name -> data, sequence
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
+
+
+def job(rank: int, world_size: int, folder: str, overrides: list[str]) -> dict[str, Any]:
+    """Train a few steps of the quickstart on shorter streams; what every rank sees of it."""
+    arguments = ["--config", str(QUICKSTART), "--checkpoint.folder", folder, "--checkpoint.resume", "never"]
+    arguments += ["--data.seq_length", "509", "--data.validation_tokens", "2000", "--train.global_batch_size", "2"]
+    arguments += ["--train.steps", str(STEPS), "--optimizer.schedule", "constant", "--optimizer.warmup_steps", "0"]
+    arguments += ["--metrics.tensorboard", "false", *overrides]
+    trainer = Trainer(parse(arguments), Runtime(rank, world_size, device="cpu"))
+    first: dict[str, torch.Tensor] = {}
+    clip, train = trainer.model.clip_gradients, trainer.stepper.train
+    norms, losses = [], []
+
+    def keep_gradients(largest: float) -> torch.Tensor:
+        if not first:
+            first.update({name: full(p.grad) for name, p in trainer.model.model.named_parameters()})
+        return clip(largest)
+
+    def keep_results(streams: Any, rate: float) -> Any:
+        result = train(streams, rate)
+        norms.append(result.gradient_norm)
+        losses.append(result.loss)
+        return result
+
+    trainer.model.clip_gradients, trainer.stepper.train = keep_gradients, keep_results
+    trainer.run()
+    parameters = {name: full(p) for name, p in trainer.model.model.named_parameters()}
+    return {"first": first, "norms": norms, "losses": losses, "parameters": parameters}
+
+
+def outcome(topology: str, folder: Path, *overrides: str) -> dict[str, Any]:
+    data, sequence = TOPOLOGIES[topology]
+    degrees = ["--parallel.data_parallel_size", str(data), "--parallel.sequence_parallel_size", str(sequence)]
+    results = run_ranks(job, data * sequence, timeout=180, folder=str(folder), overrides=[*degrees, *overrides])
+    for result in results[1:]:
+        assert result["norms"] == results[0]["norms"] and result["losses"] == results[0]["losses"]
+    return results[0]
+
+
+PLAIN_SGD = ("--optimizer.name", "sgd", "--optimizer.lr", "0.05", "--optimizer.min_lr", "0", "--optimizer.clip", "0")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return outcome("sp1", tmp_path_factory.mktemp("reference"), *PLAIN_SGD)
+
+
+@pytest.mark.parametrize(
+    "topology, backend", [("sp2", "fsdp"), ("sp4", "fsdp"), ("sp4", "ddp"), ("dp2", "ddp"), ("dp2 x sp2", "fsdp")]
+)
+def test_plain_sgd_is_the_same_job(topology: str, backend: str, one_process: dict[str, Any], tmp_path: Path) -> None:
+    found = outcome(topology, tmp_path, *PLAIN_SGD, "--parallel.data_parallel_backend", backend)
+    for name, gradient in one_process["first"].items():
+        assert_close(found["first"][name], gradient, f"gradient of {name} at step 1")
+    assert_close(torch.tensor(found["norms"]), torch.tensor(one_process["norms"]), "gradient norms")
+    for name, parameter in one_process["parameters"].items():
+        assert_close(found["parameters"][name], parameter, f"{name} after {STEPS} steps")
+    assert one_process["losses"][-1] < one_process["losses"][0] - 0.3, "the comparison saw no training"
+
+
+def test_the_adamw_curve_is_the_same(tmp_path: Path) -> None:
+    one, four = (outcome(topology, tmp_path / topology)["losses"] for topology in ("sp1", "sp4"))
+    assert max(abs(a - b) for a, b in zip(one, four)) < 2e-3
+    assert one[-1] < one[0] - 0.5
