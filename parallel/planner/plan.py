@@ -12,6 +12,7 @@ from longhaul.parallel.planner.bounds import area_bound
 from longhaul.parallel.planner.chunk import chunked
 from longhaul.parallel.planner.cluster import Cluster
 from longhaul.parallel.planner.cost import MICROSECOND, CostModel
+from longhaul.parallel.planner.exact import MOST, exact
 from longhaul.parallel.planner.polish import polish
 from longhaul.parallel.planner.pour import level, pour, squeeze
 from longhaul.parallel.planner.problem import Problem, Shelf, Work, place
@@ -122,6 +123,8 @@ def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[She
     def best() -> int | None:
         return min((problem.total(shelves) for shelves in found.values()), default=None)
 
+    if len(problem.length) <= MOST and problem.even and problem.model.objective == "sum":
+        return {"exact": exact(problem, work)}
     documents = list(range(len(problem.length)))
     search = Search(problem, documents, work)
     states = search.run(width=4, keep=3)

@@ -18,6 +18,8 @@ def pour(
     Returns:
         the shelves (empty groups dropped), and the documents that found no room.
     """
+    if not light:
+        return [filled.groups for filled, _ in shelves], []
     results: list[Shelf] = []
     groups: list[tuple[Group, int]] = []
     room: list[tuple[float, int]] = []
