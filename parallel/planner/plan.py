@@ -6,13 +6,15 @@ Every candidate is a pure function of integers, so the same lengths, cluster and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from longhaul.models.errors import UserError
 from longhaul.parallel.planner.bounds import area_bound
 from longhaul.parallel.planner.chunk import chunked
 from longhaul.parallel.planner.cluster import Cluster
 from longhaul.parallel.planner.cost import MICROSECOND, CostModel
 from longhaul.parallel.planner.exact import MOST, exact
+from longhaul.parallel.planner.pods import LARGEST, deal, pod_blocks, pod_size
 from longhaul.parallel.planner.polish import polish
 from longhaul.parallel.planner.pour import level, pour, squeeze
 from longhaul.parallel.planner.problem import Problem, Shelf, Work, place
@@ -69,7 +71,8 @@ class Plan:
         candidates: predicted seconds of every candidate that was completed.
         objective: `sum` or `split`.
         work: placements spent.
-        pods: plans of the pods, if the ranks were divided (then `micro_batches` is empty here and times overlap).
+        pod_ranks: ranks of a pod, 0 if the cluster was planned as one. Pods do not wait for each other: micro-batch `m` holds the
+            groups of every pod's `m`-th micro-batch, and the step takes as long as the slowest pod.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -80,6 +83,7 @@ class Plan:
     candidates: dict[str, float] = field(compare=False)
     objective: str = "sum"
     work: int = 0
+    pod_ranks: int = 0
 
     @property
     def gap(self) -> float:
@@ -141,10 +145,16 @@ def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[She
     if shelves_or_none:
         polish(problem, shelves_or_none, work)
         found["chunk"] = shelves_or_none
+    return static_candidates(problem, work, longest, found, best())
+
+
+def static_candidates(
+    problem: Problem, work: Work, longest: int, found: dict[str, list[Shelf]], least: int | None
+) -> dict[str, list[Shelf]]:
+    """Add the plans of one degree that can beat `least`: fixed, best single degree, one group of all ranks."""
     chosen = smallest_degree(problem, max(longest, problem.length[0]))
     largest = max(problem.degree)
     for degree in sorted(set(problem.degree), reverse=True):
-        least = best()
         if least is not None and static_floor(problem, degree) >= least:
             continue
         shelves_or_none = fixed(problem, degree, work)
@@ -152,6 +162,8 @@ def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[She
             name = "one_group" if degree == largest else "fixed" if degree == chosen else "best_single_degree"
             if name not in found or problem.total(shelves_or_none) < problem.total(found[name]):
                 found[name] = shelves_or_none
+                total = problem.total(shelves_or_none)
+                least = total if least is None else min(least, total)
     return found
 
 
@@ -169,8 +181,69 @@ def finish(problem: Problem, shelves: list[Shelf]) -> tuple[MicroBatch, ...]:
     return tuple(batches)
 
 
+def planned(problem: Problem, found: dict[str, list[Shelf]], work: Work) -> Plan:
+    """The best candidate as a plan."""
+    times = {name: problem.total(shelves) for name, shelves in found.items()}
+    winner = min(times, key=lambda name: times[name])
+    batches = finish(problem, found[winner])
+    return Plan(
+        batches,
+        times[winner] * MICROSECOND,
+        problem.model.memory(_most_tokens(batches)),
+        area_bound(problem) * MICROSECOND,
+        winner,
+        {name: time * MICROSECOND for name, time in times.items()},
+        problem.model.objective,
+        work.done,
+    )
+
+
+def _most_tokens(batches: tuple[MicroBatch, ...]) -> int:
+    return max(b - a for batch in batches for group in batch.groups for a, b in zip(group.cuts, group.cuts[1:], strict=False))
+
+
+def in_pods(problem: Problem, size: int, work: Work) -> Plan:
+    """Every pod plans its own documents; micro-batches of the same number are shown side by side."""
+    blocks = pod_blocks(problem.cluster.ranks, size)
+    hands = deal(problem, blocks)
+    rows: list[list[MicroBatch]] = []
+    times, memory = [], 0.0
+    for block, hand in zip(blocks, hands, strict=True):
+        if not hand:
+            continue
+        part = problem.cluster.part(block.start, len(block))
+        own = plan([problem.length[i] for i in hand], part, problem.model, work.limit // len(blocks), pod_ranks=0)
+        work.done += own.work
+        times.append(own.time)
+        memory = max(memory, own.memory)
+        for number, batch in enumerate(own.micro_batches):
+            groups = tuple(
+                GroupPlan(
+                    range(group.ranks.start + block.start, group.ranks.stop + block.start),
+                    tuple(problem.order[hand[i]] for i in group.documents),
+                    group.cuts,
+                    group.time,
+                )
+                for group in batch.groups
+            )
+            if number == len(rows):
+                rows.append([])
+            rows[number].append(MicroBatch(groups, batch.time))
+    batches = tuple(
+        MicroBatch(tuple(group for batch in row for group in batch.groups), max(batch.time for batch in row)) for row in rows
+    )
+    bound = (-(-sum(problem.area) // problem.power) + problem.bias) * MICROSECOND  # a pod may have fewer micro-batches
+    time = max(times)
+    return Plan(batches, time, memory, bound, "pods", {"pods": time}, problem.model.objective, work.done, size)
+
+
 def plan(
-    lengths: Sequence[int], cluster: Cluster, cost_model: CostModel, budget: int = DEFAULT_BUDGET, max_length: int = 0
+    lengths: Sequence[int],
+    cluster: Cluster,
+    cost_model: CostModel,
+    budget: int = DEFAULT_BUDGET,
+    max_length: int = 0,
+    pod_ranks: int | None = None,
 ) -> Plan:
     """Plan one step. Pure and deterministic.
 
@@ -180,21 +253,22 @@ def plan(
         cost_model: predicted time and memory.
         budget: work limit in placements of a document; the best candidate found within it is returned.
         max_length: longest document the job may meet (what a fixed degree must hold); 0: the longest of this step.
+        pod_ranks: ranks of a pod; None: pods above 128 ranks; 0: one cluster, as a barrier across all ranks requires.
     """
     problem = Problem(lengths, cluster, cost_model)
-    work = Work(budget)
-    found = candidates(problem, work, max_length)
-    times = {name: problem.total(shelves) for name, shelves in found.items()}
-    winner = min(times, key=lambda name: times[name])
-    batches = finish(problem, found[winner])
-    most = max(b - a for batch in batches for group in batch.groups for a, b in zip(group.cuts, group.cuts[1:], strict=False))
-    return Plan(
-        batches,
-        times[winner] * MICROSECOND,
-        cost_model.memory(most),
-        area_bound(problem) * MICROSECOND,
-        winner,
-        {name: time * MICROSECOND for name, time in times.items()},
-        cost_model.objective,
-        work.done,
-    )
+    size = pod_ranks
+    if size is None:
+        size = pod_size(problem) if cluster.ranks > LARGEST else 0
+    if not 0 < size < cluster.ranks:
+        work = Work(budget)
+        return planned(problem, candidates(problem, work, max_length), work)
+    if size & (size - 1):
+        raise UserError(f"A pod of {size} ranks is not aligned: use a power of two.")
+    work = Work(budget * len(pod_blocks(cluster.ranks, size)))
+    best = in_pods(problem, size, work)
+    still = static_candidates(problem, work, max_length, {}, round(best.time / MICROSECOND))
+    if still:
+        other = planned(problem, still, work)
+        times = {**best.candidates, **other.candidates}
+        best = replace(other if other.time < best.time else best, candidates=times, bound=min(best.bound, other.bound))
+    return best
