@@ -5,11 +5,12 @@ Yang, Kautz & Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464), equation 1
     paper                                                     here
     q_t, k_t, v_t, beta_t                                     as in `deltanet.py`
     alpha_t = exp(-exp(A_log) softplus(W_a x + dt_bias))      exp(log_decay), [T, H]; Mamba-2's gate
-    S_t = S_t-1 alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T   DeltaRule, state [H, K, V] (the paper's transposed)
+    S_t = S_t-1 alpha_t (I - beta k_t k_t^T) + beta v_t k_t^T    DeltaRule, state [H, K, V] (the paper's transposed)
     o = W_o (RMSNorm(o) SiLU(W_g x))                          gated
 
-Decay comes before the correction: what is read at k_t has decayed already. With `num_value_heads` H a multiple of the key heads G,
-key head g serves value heads `g H / G .. (g + 1) H / G` (Qwen3-Next). Weight decay exempts A_log, dt_bias and the norm.
+Decay comes before the correction: what is read at k_t has decayed already. With `num_value_heads` H a multiple of the key
+heads G, key head g serves value heads `g H / G .. (g + 1) H / G` (Qwen3-Next). The published widths are head_dim = 3 D / 4 G
+and expand_v = 2. Weight decay exempts A_log, dt_bias and the norm.
 
 Legend: T tokens held here, D model width, G key heads, H value heads, K key width, V value width.
 """

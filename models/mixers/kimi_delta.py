@@ -8,9 +8,9 @@ Kimi Team, "Kimi Linear" (arXiv 2510.26692), section 3 and equation 1.
     alpha_t, from W_alpha_up W_alpha_down x                   exp(log_decay), [T, H, K]; decay_down, decay_up
     o = W_o (Sigmoid(W_g_up W_g_down x) RMSNorm(o))           gate_down, gate_up
 
-What the paper leaves open, as in the released code: log alpha = -exp(A_log) softplus(. + dt_bias) with A_log per head and dt_bias
-per channel, A ~ U(1, 16), dt log-uniform in [1e-3, 1e-1]; both low ranks are a head's width; no biases in the gate. An earlier
-release starts dt_bias at zero, which forgets within a few tokens.
+What the paper leaves open, as in the released code: log alpha = -exp(A_log) softplus(. + dt_bias) with A_log per head and
+dt_bias per channel, A ~ U(1, 16), dt log-uniform in [1e-3, 1e-1]; both low ranks are a head's width; no biases in the gate.
+An earlier release starts dt_bias at zero, which forgets within a few tokens.
 
 Legend: T tokens held here, D model width, H heads, K key width, V value width.
 """

@@ -9,7 +9,7 @@ initialisation; names of parameters as in the released code.
     a_t = sigmoid(loramlp(x))                             a, the in-context learning rate [T, H, K]
     kappa = k xi, normalised per head                     removal, xi = k_k
     k~ = k lerp(1, a, alpha)                              k (1 + (a - 1) k_a)
-    wkv_t = wkv_t-1 (diag(w) - kappa^T (a kappa)) + v^T k~    DeltaRule with two writes, state [H, K, V] (the paper's transposed):
+    wkv_t = wkv_t-1 (diag(w) - kappa^T (a kappa)) + v^T k~    DeltaRule with two writes; state [H, K, V], transposed:
                                                           S_t = diag(w) S + (a kappa)^T (-kappa S) + k~^T v
     r_t wkv_t^T, group norm, + (r (rho k~)^T) v, * g, W_o     norm, rho = r_k, gate
 

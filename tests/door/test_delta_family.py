@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from longhaul.launcher.verify.exactness import compare, make_problem
@@ -124,3 +125,32 @@ def test_every_parameter_learns(mixer: str, generator: torch.Generator) -> None:
     y.square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_rwkv7_follows_the_paper(generator: torch.Generator) -> None:
+    """The layer written token by token with the paper's transposed state and the released decay."""
+    module, length = make_module("rwkv7"), 17
+    x = torch.randn(length, WIDTH, generator=generator, dtype=torch.float64)
+    heads, eps = module.num_heads, module.norm_eps
+    state = torch.zeros(heads, WIDTH // heads, WIDTH // heads, dtype=torch.float64)  # [H, V, K]
+    rows, before = [], torch.zeros(WIDTH, dtype=torch.float64)
+    for t in range(length):
+        r, w, k, v, a, g = (x[t] * (1 - mix) + before * mix for mix in module.mix)
+        before = x[t]
+        d = module.decay_up(torch.tanh(module.decay_down(w)))
+        w = torch.exp(-torch.exp(-F.softplus(-d) - 0.5))
+        a = torch.sigmoid(module.rate_up(module.rate_down(a)))
+        g = module.gate_up(torch.sigmoid(module.gate_down(g)))
+        r, k, v = module.r(r), module.k(k), module.v(v)
+        kappa = (k * module.k_k).view(heads, -1)
+        kappa = kappa / kappa.norm(dim=-1, keepdim=True)
+        k = k * (1 - module.k_a + a * module.k_a)
+        r, w, k, v, a = (tensor.view(heads, -1) for tensor in (r, w, k, v, a))
+        transition = torch.diag_embed(w) - kappa[:, :, None] * (a * kappa)[:, None, :]
+        state = state @ transition + v[:, :, None] * k[:, None, :]
+        o = torch.einsum("hvk,hk->hv", state, r)
+        o = F.group_norm(o.reshape(1, WIDTH), heads, module.norm_weight, module.norm_bias, eps).view(heads, -1)
+        o = o + (r * module.r_k * k).sum(-1, keepdim=True) * v
+        rows.append(module.out(o.flatten() * g))
+    found, _ = module(x, WholeSequence(Documents((0, length))))
+    assert_close(found, torch.stack(rows), "output")

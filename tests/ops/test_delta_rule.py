@@ -114,9 +114,8 @@ def test_derived_phases_equal_written_ones(stream: str, rule: str, generator: to
     C = [op.reverse(x, case.segments, (), case.dout).C for op in (derived, written)]
     enters = [part for part, enters in enumerate(case.segments.enters) if enters]
     assert_close(C[1][enters].detach(), C[0][enters], "C")
-    results = [
-        scan(op, x, case.segments, EachPart(case.segments), case.S_in, want_end=True) for op in (derived, written)
-    ]
+    each = EachPart(case.segments)
+    results = [scan(op, x, case.segments, each, case.S_in, want_end=True) for op in (derived, written)]
     left, right = (case.gradients(*result) for result in results)
     for name in case.leaves:
         assert_close(right[name], left[name], name)

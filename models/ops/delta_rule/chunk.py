@@ -20,8 +20,8 @@ terms with `k^T V` and `A_qk V` drop out. Chunk maps (M_n, U_n) are dense: a par
 
 Backward: with R and F_0 the transposed solves of `e exp(c_C - c)` and `A_qe^T dO`, M_n^T = exp(c_C) + (b exp(c))^T R and the
 cotangent of Z before its solve is `F = F_0 + R G_n+1`: what no state is needed for comes first, what comes from the right last.
-The gradient of `c_i` is `q dq + b db - e de - k dk` (summed over a head's channels if they share a decay), plus the boundary term
-`<G_n+1, S_n+1>` at the chunk's last token. Kept for the backward: the inputs and S_in.
+The gradient of `c_i` is `q dq + b db - e de - k dk` (summed over a head's channels if they share a decay), plus the boundary
+term `<G_n+1, S_n+1>` at the chunk's last token. Kept for the backward: the inputs and S_in.
 
 Legend: T tokens, N parts, M chunks, C tokens of a chunk, H heads, K key width, V value width.
 """
@@ -36,7 +36,7 @@ from torch import Tensor
 from ..affine import AffineMap, Dense
 from ..recurrence import ChunkedRecurrence, Inputs, Reverse, Saved, Summary
 from ..segments import Segments
-from .products import Chunks, solve
+from .products import Chunks
 
 
 def delta_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Inputs:
@@ -97,7 +97,8 @@ class DeltaRule(ChunkedRecurrence):
                 kept[slab] = score
             values, leave = chunks.v[slab], chunks.leave[slab]
             X = values if chunks.e is None else A_b[1] @ values
-            solved[slab] = solve(A_b[0], torch.cat([chunks.b[slab] * chunks.enter[slab], X], dim=-1))
+            right = torch.cat([chunks.b[slab] * chunks.enter[slab], X], dim=-1)
+            solved[slab] = torch.linalg.solve_triangular(A_b[0], right, upper=False, unitriangular=True)
             W, Y = solved[slab].split([width_k, width_v], dim=-1)
             e = chunks.writes[0][slab] * leave
             matrices[slab] = chunks.transfer(e, W, slab)
@@ -108,7 +109,7 @@ class DeltaRule(ChunkedRecurrence):
         return Summary(AffineMap(U, Dense(M)), scratch=[chunks, matrices, gains, solved, by_q])
 
     def local(self, x: Inputs, segments: Segments, summary: Summary) -> Tensor:
-        chunks, matrices, gains, solved, by_q = summary.scratch
+        chunks, _, _, solved, by_q = summary.scratch
         out, width_v = torch.empty_like(chunks.v), chunks.v.shape[3]
         for slab in chunks.slabs():
             product = by_q[0][slab] @ solved[slab]  # [m, H, C, K + V]
@@ -137,7 +138,6 @@ class DeltaRule(ChunkedRecurrence):
         for slab in chunks.slabs():
             A_b, A_q = chunks.scores(chunks.decays(slab), slab)
             right = torch.cat([chunks.writes[0][slab] * chunks.leave[slab], A_q[0].mT @ dO[slab]], dim=-1)
-            A_b[0].neg_()
             for kept, score in zip(by_b, A_b):
                 kept[slab] = score
             solved[slab] = torch.linalg.solve_triangular(A_b[0].mT, right, upper=True, unitriangular=True)
@@ -150,9 +150,7 @@ class DeltaRule(ChunkedRecurrence):
         C = chunks.final_states(adjoints, gains)
         return Reverse(C, (chunks, dO, adjoints, gains, solved, by_b, dv))
 
-    def local_backward(
-        self, x: Inputs, segments: Segments, saved: Saved, dout: Tensor, S_in: Tensor, reverse: Reverse
-    ) -> Any:
+    def local_backward(self, x: Inputs, segments: Segments, saved: Saved, dout: Tensor, S_in: Tensor, reverse: Reverse) -> Any:
         chunks, dO, adjoints, gains, solved, by_b, dv = reverse.scratch
         width_k = chunks.k.shape[3]
         X, U = chunks.v if chunks.e is None else torch.empty_like(chunks.v), torch.empty_like(gains)

@@ -65,7 +65,7 @@ class ChannelDecays:
         if half not in self.cached:
             first, second = _halves(self.c, half)
             middle = first[..., -1:, :]
-            self.cached[half] = tuple((x - y).clamp_max_(0).exp_() for x, y in ((middle, first), (second, middle)))
+            self.cached[half] = (middle - first).clamp_max_(0).exp_(), (second - middle).clamp_max_(0).exp_()
         return self.cached[half]
 
     def scores(self, reads: list[Tensor], writes: list[Tensor]) -> list[list[Tensor]]:
@@ -78,7 +78,7 @@ class ChannelDecays:
             early = [_halves(write, half)[0] * first for write in writes]
             for r, row in enumerate(found):
                 for w, score in enumerate(row):
-                    _block(score, half).copy_((late[r] @ early[w].mT))
+                    _block(score, half).copy_(late[r] @ early[w].mT)
         for read, row in zip(reads, found):
             for write, score in zip(writes, row):
                 score.diagonal(dim1=-2, dim2=-1).copy_((read * write).sum(-1))

@@ -131,9 +131,14 @@ class Chunks:
         return HeadDecays(c, same, self.dtype) if c.shape[-1] == 1 else ChannelDecays(c, same)
 
     def scores(self, decays: HeadDecays | ChannelDecays, chunks: slice) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores of the reads b (of earlier writes only) and q, one [m, H, C, C] for each of `writes`."""
+        """Scores of the reads b (of earlier writes only) and q, one [m, H, C, C] for each of `writes`.
+
+        That of b and e comes negated, `-A_be`, as `solve_triangular` wants the unit triangular system `1 - A_be`.
+        """
         by_b, by_q = decays.scores([self.b[chunks], self.q[chunks]], [write[chunks] for write in self.writes])
-        return [score.tril_(-1) for score in by_b], by_q
+        by_b = [score.tril_(-1) for score in by_b]
+        by_b[0].neg_()
+        return by_b, by_q
 
     def transfer(self, left: Tensor, right: Tensor, chunks: slice) -> Tensor:
         """`diag(exp(c_C)) + left^T right`, [m, H, K, K]; of no meaning where a document starts inside."""
@@ -141,8 +146,3 @@ class Chunks:
         keep = self.keep if self.keep.dim() == 0 else self.keep[chunks, ..., 0]
         matrices.diagonal(dim1=-2, dim2=-1).add_(keep)
         return matrices
-
-
-def solve(lower: Tensor, right: Tensor) -> Tensor:
-    """`(1 - lower)^-1 right` for `lower` strictly lower triangular, [m, H, C, C]; `lower` is negated in place."""
-    return torch.linalg.solve_triangular(lower.neg_(), right, upper=False, unitriangular=True)
