@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from .errors import UserError
 from .mixers.attention import AttentionConfig
 from .mixers.based import BasedConfig
+from .mixers.deltanet import DeltaNetConfig
+from .mixers.gated_deltanet import GatedDeltaNetConfig
 from .mixers.gla import GLAConfig
 from .mixers.hgrn2 import HGRN2Config
+from .mixers.kimi_delta import KimiDeltaConfig
 from .mixers.lightning import LightningConfig
 from .mixers.linear_attention import LinearAttentionConfig
 from .mixers.mamba1 import Mamba1Config
@@ -16,6 +19,7 @@ from .mixers.mamba2 import Mamba2Config
 from .mixers.rebased import ReBasedConfig
 from .mixers.retention import RetentionConfig
 from .mixers.rwkv6 import RWKV6Config
+from .mixers.rwkv7 import RWKV7Config
 from .mixers.s4d import S4DConfig
 from .mixers.s5 import S5Config
 
@@ -32,6 +36,10 @@ LINEAR_MIXERS = (
     "rwkv6",
     "based",
     "rebased",
+    "deltanet",
+    "gated_deltanet",
+    "kimi_delta",
+    "rwkv7",
 )
 LETTERS = "LNM*-"
 
@@ -112,6 +120,18 @@ class ModelConfig:
 
     rebased: ReBasedConfig = field(default_factory=ReBasedConfig)
     """ReBased."""
+
+    deltanet: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    """DeltaNet."""
+
+    gated_deltanet: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
+    """Gated DeltaNet."""
+
+    kimi_delta: KimiDeltaConfig = field(default_factory=KimiDeltaConfig)
+    """Kimi Delta Attention."""
+
+    rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
+    """RWKV-7."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):

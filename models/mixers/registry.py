@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from ..sequence import SequenceShard
 from .attention import SoftmaxAttention
 from .based import Based
+from .deltanet import DeltaNet
+from .gated_deltanet import GatedDeltaNet
 from .gla import GLA
 from .hgrn2 import HGRN2
+from .kimi_delta import KimiDelta
 from .lightning import Lightning
 from .linear_attention import LinearAttention
 from .mamba1 import Mamba1
@@ -18,6 +21,7 @@ from .mamba2 import Mamba2
 from .rebased import ReBased
 from .retention import Retention
 from .rwkv6 import RWKV6
+from .rwkv7 import RWKV7
 from .s4d import S4D
 from .s5 import S5
 
@@ -60,4 +64,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv6": RWKV6,
     "based": Based,
     "rebased": ReBased,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kimi_delta": KimiDelta,
+    "rwkv7": RWKV7,
 }
