@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .ffn import SwiGLU
 from .mixers.registry import MIXERS
+from .moe import MoE
 from .sequence import SequenceShard
+
+
+def _feed_forward(config: ModelConfig) -> SwiGLU | MoE:
+    if config.ffn == "moe":
+        return MoE(config.hidden_size, config.ffn_width, config.moe, config.initializer_range)
+    return SwiGLU(config.hidden_size, config.ffn_width, config.initializer_range)
 
 
 class Block(nn.Module):
@@ -20,7 +27,7 @@ class Block(nn.Module):
         letter = config.layers[layer]
         mixer = {"L": config.linear_mixer, "N": "attention", "M": "mamba2", "*": "attention", "-": None}[letter]
         self.mixer = None if mixer is None else MIXERS[mixer].build(config, layer)
-        self.ffn = SwiGLU(config.hidden_size, config.ffn_width, config.initializer_range) if letter in "LN-" else None
+        self.ffn = _feed_forward(config) if letter in "LN-" else None
         self.mixer_norm = None if mixer is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn_norm = None if self.ffn is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         for norm in (self.mixer_norm, self.ffn_norm):
@@ -36,15 +43,21 @@ class Block(nn.Module):
             if norm is not None:
                 nn.init.ones_(norm.weight)
 
-    def forward(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        """[T, D] -> [T, D], the mixer's state, and the auxiliary loss of each document (None if there is none)."""
+        aux = None
         if self.mixer is not None:
             assert self.mixer_norm is not None
             y, state = self.mixer(self.mixer_norm(x), shard, state)
             x = x + y
         if self.ffn is not None:
             assert self.ffn_norm is not None
-            x = x + self.ffn(self.ffn_norm(x))
-        return x, state
+            if isinstance(self.ffn, MoE):
+                y, aux = self.ffn(self.ffn_norm(x), shard)
+            else:
+                y = self.ffn(self.ffn_norm(x))
+            x = x + y
+        return x, state, aux
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token."""

@@ -22,6 +22,7 @@ from .mixers.rwkv6 import RWKV6Config
 from .mixers.rwkv7 import RWKV7Config
 from .mixers.s4d import S4DConfig
 from .mixers.s5 import S5Config
+from .moe import MoEConfig
 
 LINEAR_MIXERS = (
     "linear_attention",
@@ -72,6 +73,9 @@ class ModelConfig:
 
     ffn_hidden_size: int | None = None
     """Inner width of the SwiGLU; 8/3 of the hidden size, rounded up to a multiple of 64, if left out."""
+
+    ffn: str = "swiglu"
+    """The feed-forward layer: swiglu, or moe (a mixture of experts; options in moe)."""
 
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
@@ -133,6 +137,9 @@ class ModelConfig:
     rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
     """RWKV-7."""
 
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Mixture of experts."""
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
@@ -142,6 +149,8 @@ class ModelConfig:
             raise UserError(f"model.pattern {self.pattern!r} may only use the letters {' '.join(LETTERS)}.")
         if self.linear_mixer not in LINEAR_MIXERS:
             raise UserError(f"model.linear_mixer {self.linear_mixer!r} is none of {', '.join(LINEAR_MIXERS)}.")
+        if self.ffn not in ("swiglu", "moe"):
+            raise UserError(f"model.ffn {self.ffn!r} is neither swiglu nor moe.")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} must be a multiple of model.num_heads {self.num_heads}."

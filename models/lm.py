@@ -21,11 +21,16 @@ State = tuple[Any, ...]
 
 
 class LossOutput(NamedTuple):
-    """Sums over the tokens held here: `loss_sum` of weight times negative log likelihood (nats), `weight_sum` of weights."""
+    """Sums over the tokens held here: `loss_sum` of weight times negative log likelihood (nats), `weight_sum` of weights.
+
+    In training `loss_sum` also holds `aux_sum`, the auxiliary losses: of each layer, each document's loss times the weight
+    of its tokens held here. `aux_sum` is detached, for reports; None if there is none.
+    """
 
     loss_sum: Tensor
     weight_sum: Tensor
     state: State | None
+    aux_sum: Tensor | None = None
 
 
 class LanguageHead(nn.Module):
@@ -95,20 +100,27 @@ class LanguageModel(nn.Module):
         """
         x = self.embedding(tokens)
         states: list[Any] = []
+        auxiliary: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x, after = recompute.checkpoint(layer, x, shard, before)
+                x, after, aux = recompute.checkpoint(layer, x, shard, before)
             else:
-                x, after = layer(x, shard, before)
+                x, after, aux = layer(x, shard, before)
             states.append(after)
+            if aux is not None:
+                auxiliary.append(aux)
         hidden, final = self.norm(x), tuple(states) if shard.keep_state else None
         if labels is None:
             return hidden, final
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
         loss_sum, weight_sum = self.head(hidden, labels, weights)
-        return LossOutput(loss_sum, weight_sum, final)
+        if not auxiliary or not self.training:
+            return LossOutput(loss_sum, weight_sum, final)
+        per_token = torch.stack(auxiliary).sum(0)[shard.document_ids]  # [layers, documents] -> [T]
+        aux_sum = (per_token * weights).sum()
+        return LossOutput(loss_sum + aux_sum, weight_sum, final, aux_sum.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, vocabulary]."""

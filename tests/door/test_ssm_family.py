@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from longhaul.launcher.verify.exactness import compare, make_problem
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
@@ -19,8 +21,6 @@ from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.layout import SequenceLayout
-from torch import nn
-
 from tests.harness.cases import document_tables, rank_lengths
 from tests.harness.numerics import TOLERANCE, assert_bitwise_equal, assert_close, assert_trees_close
 from tests.harness.pool import run_ranks
@@ -156,7 +156,7 @@ def test_zero_order_hold_of_a_slow_state_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("bad", (lambda: S4DConfig(state_size=5), lambda: S4DConfig(init="fout"), lambda: S5Config(blocks=3)))
 def test_impossible_sizes_are_refused(bad) -> None:
-    with pytest.raises(UserError, match="s4d|s5"):
+    with pytest.raises(UserError, match=r"s4d|s5"):
         bad()
 
 

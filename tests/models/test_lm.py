@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel, LossOutput
 from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.sequence import Documents, WholeSequence
-from torch import Tensor
-
 from tests.harness.numerics import assert_bitwise_equal, assert_close
 
 BOUNDS = (0, 3, 5, 33, 34, 60)
@@ -76,7 +76,7 @@ def test_gradients_between_documents_are_zero(mixer: str) -> None:
     embedded = model.embedding(tokens).detach().requires_grad_()
     x, shard = embedded, WholeSequence(Documents(BOUNDS))
     for layer in model.layers:
-        x, _ = layer(x, shard)
+        x, _, _ = layer(x, shard)
     x[5:33].square().sum().backward()
     assert embedded.grad is not None
     assert embedded.grad[:5].abs().max() == 0 and embedded.grad[33:].abs().max() == 0
