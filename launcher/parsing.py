@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -73,6 +74,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**arguments)
 
 
+@functools.cache
 def _parser(prog: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(

@@ -6,6 +6,7 @@ after saving, so that the same command goes on.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ from longhaul.models.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one process of a training job; arguments as `longhaul.launcher.parsing.parse` reads them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file or torchrun's pipe shows each step as it ends
     with StopRequest() as stop:
         try:
             return _train(list(sys.argv[1:] if argv is None else argv), stop)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
 from longhaul.models.errors import UserError
 from longhaul.parallel import checkpoint as module
 from longhaul.parallel.checkpoint import FACTS, LATEST, Checkpoints, SaveError, find, inspect, load, remove_leftovers, steps_in
 from longhaul.parallel.mesh import Degrees, ParallelMesh
 from longhaul.parallel.runtime import Runtime
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-
 from tests.harness import run_ranks
 
 

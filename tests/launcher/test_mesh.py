@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from longhaul.models.errors import UserError
 from longhaul.parallel.mesh import Degrees, ParallelMesh
 from longhaul.parallel.runtime import Runtime
-
 from tests.harness import run_ranks
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from longhaul.launcher.config import OptimizerConfig
 from longhaul.launcher.optimizer import learning_rate, make_optimizer, set_learning_rate, undecayed_names
 from longhaul.models.config import ModelConfig

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.data import Data, Stream
 from longhaul.launcher.load import load_model
@@ -16,7 +17,6 @@ from longhaul.launcher.trainer import Trainer
 from longhaul.models.errors import UserError
 from longhaul.parallel import checkpoint as checkpoint_module
 from longhaul.parallel.runtime import Runtime
-
 from tests.harness import run_ranks
 from tests.harness.numerics import assert_bitwise_equal, assert_trees_close
 
