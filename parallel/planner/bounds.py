@@ -22,6 +22,14 @@ def area_bound(problem: Problem) -> int:
     return -(-sum(problem.area) // problem.power) + problem.shelves * problem.bias
 
 
+def pods_bound(problem: Problem, blocks: list[range]) -> int:
+    """Bound on a step whose pods do not wait for each other: the slowest pod is no faster than the mean, weighted by power."""
+    ranks = problem.cluster.ranks
+    least = min(sum(map(problem.cluster.speed, block)) / len(block) for block in blocks) * ranks / problem.power
+    biases = int(problem.bias * min(1.0, least) * problem.total_tokens / (ranks * problem.tokens))
+    return max(sum(problem.area) // problem.power + biases, max(problem.least) + problem.bias)
+
+
 @dataclass
 class Rows:
     """Rows `sum(value * variable) <= limit` of a sparse program, collected in blocks."""
@@ -69,7 +77,7 @@ def items_of(problem: Problem, singles: int, buckets: int) -> tuple[np.ndarray, 
     return tokens, whole, shortest, np.arange(len(groups)) < count
 
 
-def configuration_bound(problem: Problem, upper: int, classes: int = 40, singles: int = 110, buckets: int = 12) -> int:
+def configuration_bound(problem: Problem, upper: int, classes: int = 24, singles: int = 100, buckets: int = 8) -> int:
     """Degree-aggregated linear program over classes of micro-batches.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from longhaul.models.errors import UserError
-from longhaul.parallel.planner.bounds import area_bound
+from longhaul.parallel.planner.bounds import area_bound, pods_bound
 from longhaul.parallel.planner.chunk import chunked
 from longhaul.parallel.planner.cluster import Cluster
 from longhaul.parallel.planner.cost import MICROSECOND, CostModel
@@ -71,6 +71,7 @@ class Plan:
         candidates: predicted seconds of every candidate that was completed.
         objective: `sum` or `split`.
         work: placements spent.
+        idle: share of rank-seconds (biases left out) that ranks wait for a longer group or have none.
         pod_ranks: ranks of a pod, 0 if the cluster was planned as one. Pods do not wait for each other: micro-batch `m` holds the
             groups of every pod's `m`-th micro-batch, and the step takes as long as the slowest pod.
     """
@@ -83,20 +84,13 @@ class Plan:
     candidates: dict[str, float] = field(compare=False)
     objective: str = "sum"
     work: int = 0
+    idle: float = 0.0
     pod_ranks: int = 0
 
     @property
     def gap(self) -> float:
         """How far the plan can be from the best one, at most: 0.05 is five per cent."""
         return self.time / self.bound - 1.0
-
-    @property
-    def idle(self) -> float:
-        """Share of rank-seconds that groups wait for the longest of their micro-batch (or belong to no group)."""
-        ranks = max(group.ranks.stop for batch in self.micro_batches for group in batch.groups)
-        busy = sum(group.time * group.degree for batch in self.micro_batches for group in batch.groups)
-        longest = sum(max(group.time for group in batch.groups) for batch in self.micro_batches)
-        return 1.0 - busy / (ranks * longest) if longest else 0.0
 
 
 def realise(problem: Problem, search: Search, state: State, work: Work) -> list[Shelf]:
@@ -114,20 +108,35 @@ def realise(problem: Problem, search: Search, state: State, work: Work) -> list[
             options.append(shelves + own)
             break
     if shelves and state.extra <= 1 and len(left) <= 64:
-        copies: list[Shelf] = [[[*group[:3], list(group[3]), group[4]] for group in shelf] for shelf in shelves]
+        copies = copied(shelves)
         if not squeeze(problem, copies, left, work):
             options.append(copies)
     return min(options, key=problem.total)
 
 
-def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[Shelf]]:
-    """All candidates that can still win, by name."""
+def polished(problem: Problem, shelves: list[Shelf], work: Work) -> list[Shelf]:
+    """The plan after local search, or as it was if barriers between layers make that longer (the search minds their sum only)."""
+    if not problem.parts:
+        polish(problem, shelves, work)
+        return shelves
+    copies = copied(shelves)
+    polish(problem, copies, work)
+    return min(shelves, copies, key=problem.total)
+
+
+def copied(shelves: list[Shelf]) -> list[Shelf]:
+    """Groups that can be changed without changing the original's."""
+    return [[[*group[:3], list(group[3]), group[4]] for group in shelf] for shelf in shelves]
+
+
+def candidates(problem: Problem, work: Work, longest: int, small: bool = True) -> dict[str, list[Shelf]]:
+    """All candidates that can still win, by name; `small`: a step of a few documents is planned exactly instead."""
     found: dict[str, list[Shelf]] = {}
 
     def best() -> int | None:
         return min((problem.total(shelves) for shelves in found.values()), default=None)
 
-    if len(problem.length) <= MOST and problem.even and problem.model.objective == "sum":
+    if small and len(problem.length) <= MOST and problem.even and problem.model.objective == "sum":
         return {"exact": exact(problem, work)}
     documents = list(range(len(problem.length)))
     search = Search(problem, documents, work)
@@ -138,13 +147,10 @@ def candidates(problem: Problem, work: Work, longest: int) -> dict[str, list[She
         options.append(shelves)
     options.sort(key=problem.total)
     if options:
-        for shelves in options[:2]:
-            polish(problem, shelves, work)
-        found["shelf"] = min(options, key=problem.total)
+        found["shelf"] = min((polished(problem, shelves, work) for shelves in options[:2]), key=problem.total)
     shelves_or_none = chunked(problem, work, below=best())
     if shelves_or_none:
-        polish(problem, shelves_or_none, work)
-        found["chunk"] = shelves_or_none
+        found["chunk"] = polished(problem, shelves_or_none, work)
     return static_candidates(problem, work, longest, found, best())
 
 
@@ -195,7 +201,12 @@ def planned(problem: Problem, found: dict[str, list[Shelf]], work: Work) -> Plan
         {name: time * MICROSECOND for name, time in times.items()},
         problem.model.objective,
         work.done,
+        1.0 - _busy(batches) / ((times[winner] - problem.bias * len(batches)) * MICROSECOND * problem.cluster.ranks),
     )
+
+
+def _busy(batches: tuple[MicroBatch, ...]) -> float:
+    return sum(group.time * group.degree for batch in batches for group in batch.groups)
 
 
 def _most_tokens(batches: tuple[MicroBatch, ...]) -> int:
@@ -207,7 +218,7 @@ def in_pods(problem: Problem, size: int, work: Work) -> Plan:
     blocks = pod_blocks(problem.cluster.ranks, size)
     hands = deal(problem, blocks)
     rows: list[list[MicroBatch]] = []
-    times, memory = [], 0.0
+    times, memory, biases = [], 0.0, 0.0
     for block, hand in zip(blocks, hands, strict=True):
         if not hand:
             continue
@@ -215,6 +226,7 @@ def in_pods(problem: Problem, size: int, work: Work) -> Plan:
         own = plan([problem.length[i] for i in hand], part, problem.model, work.limit // len(blocks), pod_ranks=0)
         work.done += own.work
         times.append(own.time)
+        biases += len(own.micro_batches) * problem.bias * MICROSECOND * len(block)
         memory = max(memory, own.memory)
         for number, batch in enumerate(own.micro_batches):
             groups = tuple(
@@ -232,9 +244,10 @@ def in_pods(problem: Problem, size: int, work: Work) -> Plan:
     batches = tuple(
         MicroBatch(tuple(group for batch in row for group in batch.groups), max(batch.time for batch in row)) for row in rows
     )
-    bound = (-(-sum(problem.area) // problem.power) + problem.bias) * MICROSECOND  # a pod may have fewer micro-batches
+    bound = pods_bound(problem, blocks) * MICROSECOND
     time = max(times)
-    return Plan(batches, time, memory, bound, "pods", {"pods": time}, problem.model.objective, work.done, size)
+    idle = 1.0 - _busy(batches) / (time * problem.cluster.ranks - biases)
+    return Plan(batches, time, memory, bound, "pods", {"pods": time}, problem.model.objective, work.done, idle, size)
 
 
 def plan(
@@ -266,9 +279,15 @@ def plan(
         raise UserError(f"A pod of {size} ranks is not aligned: use a power of two.")
     work = Work(budget * len(pod_blocks(cluster.ranks, size)))
     best = in_pods(problem, size, work)
+    while pod_ranks is None and 2 * size < cluster.ranks:  # larger pods help when a few long documents bind
+        size *= 2
+        larger = in_pods(problem, size, work)
+        if larger.time >= best.time:
+            break
+        best = larger
     still = static_candidates(problem, work, max_length, {}, round(best.time / MICROSECOND))
     if still:
         other = planned(problem, still, work)
         times = {**best.candidates, **other.candidates}
-        best = replace(other if other.time < best.time else best, candidates=times, bound=min(best.bound, other.bound))
+        best = replace(other if other.time < best.time else best, candidates=times, bound=best.bound, work=work.done)
     return best

@@ -62,14 +62,16 @@ class Problem:
                 f"A document of {self.length[0]} tokens does not fit the {max(self.capacity)} tokens that the largest group of "
                 f"{max(self.degree)} ranks holds: set `train.stream_tokens` to stream it in chunks, or add ranks or memory."
             )
-        self.start = [model.group_time(cluster, kind, model.layers) for kind in self.kinds]
-        self.table = np.stack(
-            [
-                np.where(sorted_lengths <= capacity, model.document_time(sorted_lengths, cluster, kind, model.layers), NEVER)
-                for kind, capacity in zip(self.kinds, self.capacity, strict=True)
-            ],
-            axis=1,
-        )  # [n, K]
+        fits = sorted_lengths[:, None] <= np.asarray(self.capacity, np.int64)  # [n, K]
+        starts = [[model.group_time(cluster, kind, layers) for kind in self.kinds] for layers in model.parts]
+        tables = [
+            np.stack([model.document_time(sorted_lengths, cluster, kind, layers) for kind in self.kinds], axis=1)
+            for layers in model.parts
+        ]
+        # The layers between barriers add up to the whole exactly, so that a bound on their sum bounds the split objective too.
+        self.start = [sum(column) for column in zip(*starts, strict=True)]
+        self.table = np.where(fits, sum(tables), NEVER)  # [n, K]
+        self.parts = [(start, table.tolist()) for start, table in zip(starts, tables, strict=True)] if len(tables) > 1 else []
         self.time: list[list[int]] = self.table.tolist()
         self.powers = [kind.power for kind in self.kinds]
         self.power = sum(cluster.speed(rank) for rank in range(cluster.ranks))
@@ -88,17 +90,11 @@ class Problem:
 
     def shelf_time(self, shelf: Shelf) -> int:
         """Time of a micro-batch without the bias, by the objective."""
-        parts = self.model.parts
-        if len(parts) == 1:
+        if not self.parts:
             return max(group[0] for group in shelf)
-        return sum(max(self.part_time(group, layers) for group in shelf) for layers in parts)
-
-    def part_time(self, group: Group, layers: tuple) -> int:
-        """Time of a group in some of the layers."""
-        kind = self.kinds[group[2]]
-        lengths = np.asarray([self.length[i] for i in group[3]], np.int64)
-        times = self.model.document_time(lengths, self.cluster, kind, layers)
-        return self.model.group_time(self.cluster, kind, layers) + int(times.sum())
+        return sum(
+            max(start[group[2]] + sum(time[i][group[2]] for i in group[3]) for group in shelf) for start, time in self.parts
+        )
 
     def total(self, shelves: Sequence[Shelf]) -> int:
         """Time of a step: micro-batches one after the other."""

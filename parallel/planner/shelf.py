@@ -136,6 +136,8 @@ class Search:
         heights = {time + problem.start[k] for i in state.left[:SEEDS] for k, time in enumerate(problem.time[i])}
         heights = {height for height in heights if base <= height <= TALLEST * base}
         heights.update(int(base * factor) for factor in HEIGHTS)
+        if self.work.spent:  # go on greedily
+            heights = set(sorted(heights)[::6])
         found: dict[tuple[int, int], tuple[Filled, int]] = {}
         for height in sorted(heights):
             for ratio in RATIOS:
