@@ -14,8 +14,8 @@ from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.mixers.mamba1 import Mamba1Config
 from longhaul.models.mixers.registry import MIXERS as REGISTRY
-from longhaul.models.mixers.s4d import S4DConfig, initial_frequencies
-from longhaul.models.mixers.s5 import S5Config
+from longhaul.models.mixers.s4d import S4D, S4DConfig, initial_frequencies
+from longhaul.models.mixers.s5 import S5, S5Config
 from longhaul.models.ops.diagonal_ssm.hippo import hippo_normal, zero_order_hold
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
@@ -171,3 +171,45 @@ def test_published_initial_values(mixer: str) -> None:
         dt = module.log_dt.exp()
     assert 0.9e-3 < dt.min() < 0.03 and 0.01 < dt.max() < 0.11
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("init", ("legs", "inv", "lin"))
+def test_s4d_is_a_convolution(init: str, generator: torch.Generator) -> None:
+    """The layer as published: its kernel `2 Re(C (exp(dt A) - 1) / A exp(dt A l))`, convolved by FFT."""
+    module = S4D(WIDTH, S4DConfig(state_size=6, init=init, chunk=8)).double()
+    module.reset_parameters()
+    x = torch.randn(50, WIDTH, generator=generator, dtype=torch.float64)
+    A = torch.complex(-module.log_A_real.exp(), module.A_imag)
+    dtA = A * module.log_dt.exp()[:, None]
+    C = torch.view_as_complex(module.C) * (dtA.exp() - 1) / A
+    kernel = 2 * torch.einsum("dk,dkl->dl", C, (dtA[..., None] * torch.arange(50)).exp()).real
+    y = torch.fft.irfft(torch.fft.rfft(kernel, 100) * torch.fft.rfft(x.T, 100), 100)[:, :50].T
+    y = torch.nn.functional.gelu(y + module.D * x)
+    a, b = module.out(y).chunk(2, dim=-1)
+    assert_close(module(x, WholeSequence(Documents((0, 50))))[0], a * b.sigmoid(), "y")
+
+
+def test_s5_starts_as_hippo_held_for_a_step(generator: torch.Generator) -> None:
+    """With one step size, the diagonal layer is the dense real system `A = HiPPO-N, B, C` under a zero-order hold."""
+    size, step = 8, 0.05
+    module = S5(WIDTH, S5Config(state_size=size, chunk=8)).double()
+    module.reset_parameters()
+    frequencies, V = hippo_normal(size)
+    B, C = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((size, WIDTH), (WIDTH, size)))
+    with torch.no_grad():
+        module.log_dt.fill_(math.log(step))
+        module.log_A_real.fill_(math.log(0.5))
+        module.A_imag.copy_(frequencies)  # float32 draws went through reset_parameters
+        module.B.copy_(torch.view_as_real(V.mH @ B.to(V.dtype)))
+        module.C.copy_(torch.view_as_real(C.to(V.dtype) @ V))
+    A = 2 * (V * torch.complex(torch.full_like(frequencies, -0.5), frequencies) @ V.mH).real
+    held = torch.linalg.matrix_exp(step * A)
+    entered = torch.linalg.solve(A, (held - torch.eye(size, dtype=A.dtype)) @ B)
+    x = torch.randn(30, WIDTH, generator=generator, dtype=torch.float64)
+    state, outputs = torch.zeros(size, dtype=torch.float64), []
+    for u in x:
+        state = held @ state + entered @ u
+        outputs.append(C @ state + module.D * u)
+    y = torch.nn.functional.gelu(torch.stack(outputs))
+    expected = y * module.gate(y).sigmoid()
+    assert_close(module(x, WholeSequence(Documents((0, 30))))[0], expected, "y")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longhaul.models.ops.affine import LogScale
 from longhaul.models.ops.recurrence import EachPart, Recurrence, scan
@@ -149,3 +150,27 @@ def test_a_fast_decay_neither_overflows_nor_loses_the_slow_one(generator: torch.
         assert_close(a, b, name)
     for name, a, b in zip(NAMES, case.gradients(*found), case.gradients(*oracle)):
         assert_close(a, b, name)
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+def test_the_states_of_all_tokens_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "SLAB_ELEMENTS", 1 << 8)
+    T, D, K, chunk = 2048, 8, 16, 16
+    x, dt = torch.randn(T, D, requires_grad=True), torch.rand(T, D, requires_grad=True)
+    A, B, C = -torch.rand(D, K), torch.randn(T, K), torch.randn(T, K)
+    with Largest() as largest:
+        out, _ = SelectiveScan(chunk).run((x, dt, A, B, C), Segments(Documents((0, T)), [(0, T)]))
+        out.sum().backward()
+    assert largest.entries == T * K  # an input; the states of all chunks are T D K / chunk

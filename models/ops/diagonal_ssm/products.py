@@ -35,11 +35,11 @@ def read(states: Tensor, table: Tensor, is_complex: bool) -> Tensor:
 
 def correlate(states: Tensor, x: Tensor) -> Tensor:
     """`sum_r conj(S_k) x_i`: complex [r, D, K], [D, r, C] -> complex [D, K, C]."""
-    states = states.permute(1, 2, 0).conj()  # [D, K, r]
     if x.is_complex():
-        return states @ x
-    real = torch.view_as_real(states.resolve_conj().contiguous())  # [D, K, r, 2]
-    return torch.complex(real[..., 0] @ x, real[..., 1] @ x)
+        return states.permute(1, 2, 0).conj().resolve_conj().contiguous() @ x
+    parts = torch.view_as_real(states).permute(1, 3, 2, 0).flatten(1, 2)  # [D, 2 K, r]
+    real, imaginary = (parts @ x).chunk(2, dim=1)
+    return torch.complex(real, -imaginary)
 
 
 class Products:

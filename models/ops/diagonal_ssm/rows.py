@@ -69,7 +69,7 @@ class Rows:
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of `x` [T + 1, D] by an index [r, C] -> [D, r, C]."""
-        return x[index].permute(2, 0, 1)
+        return x[index].permute(2, 0, 1).contiguous()  # else a batched product copies its matrices one by one
 
     def put(self, out: Tensor, index: Tensor, values: Tensor) -> None:
         """Add [D, r, C] to the tokens [T + 1, D] of an index [r, C], which are distinct but for the last."""
