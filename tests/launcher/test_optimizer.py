@@ -48,7 +48,8 @@ def test_a_warm_up_longer_than_the_run() -> None:
 
 
 def test_who_decays() -> None:
-    model = LanguageModel(ModelConfig(hidden_size=16, num_heads=2, pattern="LN", num_layers=2, mamba2=Mamba2Config(state_size=4, head_dim=8)))
+    mamba2 = Mamba2Config(state_size=4, head_dim=8)
+    model = LanguageModel(ModelConfig(hidden_size=16, num_heads=2, pattern="LN", num_layers=2, mamba2=mamba2))
     undecayed = undecayed_names(model)
     for name, parameter in model.named_parameters():
         spared = any(part in name for part in ("norm", "bias", "A_log", ".D"))

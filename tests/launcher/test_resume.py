@@ -100,7 +100,7 @@ def test_resume_names_a_checkpoint(folder: Path) -> None:
 def test_resume_never_wants_an_empty_folder(folder: Path) -> None:
     config = tiny(folder, checkpoint={"resume": "never"})
     run(config)
-    with pytest.raises(UserError, match="already holds step_6 and checkpoint.resume is never"):
+    with pytest.raises(UserError, match=r"already holds step_6 and checkpoint\.resume is never"):
         run(config)
 
 
@@ -235,7 +235,7 @@ def test_a_signal_in_the_evaluation_is_heard(folder: Path) -> None:
 
 
 def test_a_diverged_run_stops_unsaved(folder: Path) -> None:
-    with pytest.raises(UserError, match="stopped without saving it: lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"stopped without saving it: lower optimizer\.lr"):
         run(tiny(folder, optimizer={"name": "sgd", "lr": 1e30, "clip": 0.0, "min_lr": 0.0, "warmup_steps": 0}))
     found, _ = checkpoint_module.find(folder / "run")
     assert found is None
