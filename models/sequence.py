@@ -127,6 +127,17 @@ class SequenceShard:
         """The sum of `x` [T, ...] over all tokens of the stream, [...], or of each document, [num_documents, ...]."""
         raise NotImplementedError
 
+    def document_sum(self, x: Tensor) -> Tensor:
+        """The whole document's sum, for bidirectional layers: one total instead of a prefix.
+
+        Args:
+            x: what each segment adds to its document, [S, ...].
+
+        Returns:
+            For each segment, the sum over all segments of its document, wherever they are held, [S, ...].
+        """
+        raise NotImplementedError
+
 
 class WholeSequence(SequenceShard):
     """The whole stream in one process."""
@@ -185,6 +196,9 @@ class WholeSequence(SequenceShard):
 
     def total(self, x: Tensor, per: str = "sequence") -> Tensor:
         return token_sums(x, per, self.document_ids, self.documents.num_documents)
+
+    def document_sum(self, x: Tensor) -> Tensor:
+        return x  # one part, so a document is one segment
 
 
 def map_element(function: Any, element: Element) -> Element:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 
-from longhaul.models.errors import UserError
+from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import SequenceShard, WholeSequence
 
 from .attention.registry import make_attention
 from .comm import Comm, Ledger
 from .exchange.registry import make_exchange
-from .layout import SequenceLayout
+from .layout import SequenceLayout, check_recurrent, layout_kind
 from .shard import RankShard
-
-LAYOUTS = ("contiguous",)
 
 
 class SequenceParallel:
@@ -24,30 +25,57 @@ class SequenceParallel:
         comm: the sequence group.
         exchange: how recurrent states travel, by name (`longhaul.parallel.exchange.registry`).
         attention: how softmax attention reaches other ranks, by name (`longhaul.parallel.attention.registry`).
-        layout: how tokens are spread, by name.
+        layout: how tokens are spread, by name (`longhaul.parallel.layout`).
+        exchange_options, attention_options, layout_options: of their own (groups, slices, stripes).
     """
 
     def __init__(
-        self, comm: Comm, exchange: str = "all_gather", attention: str = "all_gather", layout: str = "contiguous"
+        self,
+        comm: Comm,
+        exchange: str = "all_gather",
+        attention: str = "all_gather",
+        layout: str = "contiguous",
+        *,
+        exchange_options: Mapping[str, Any] | None = None,
+        attention_options: Mapping[str, Any] | None = None,
+        layout_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if layout not in LAYOUTS:
-            raise UserError(f"parallel.layout {layout!r} is none of {', '.join(LAYOUTS)}.")
-        self.comm, self.layout_name = comm, layout
-        self.exchange = make_exchange(exchange, comm)
-        self.attention = make_attention(attention, comm)
+        layout_kind(layout)
+        self.comm, self.layout_name, self.layout_options = comm, layout, dict(layout_options or {})
+        self.exchange = make_exchange(exchange, comm, **(exchange_options or {}))
+        self.attention = make_attention(attention, comm, **(attention_options or {}))
+
+    def check(self, recurrent: bool, masks: Iterable[Mask] = ()) -> None:
+        """Refuse, before the first step and with a `UserError`, a model that these engines cannot serve.
+
+        Args:
+            recurrent: it has layers whose state goes along the sequence.
+            masks: of its softmax attentions.
+        """
+        if self.comm.size == 1:
+            return
+        if recurrent:
+            check_recurrent(self.layout_name)
+            # Any stream shows what a layout looks like; this one has a document a rank.
+            documents = Documents(range(0, 2 * self.comm.size + 1, 2))
+            self.exchange.check(SequenceLayout.make(self.layout_name, documents, self.comm.size))
+        for mask in masks:
+            self.attention.check(mask)
 
     @property
     def ledger(self) -> Ledger:
         """What this rank received, by label."""
         return self.comm.ledger
 
-    def layout(self, num_tokens: int) -> SequenceLayout:
-        """Which tokens of a stream each rank holds."""
-        return SequenceLayout.contiguous(num_tokens, self.comm.size)
+    def layout(self, tokens: Documents | int) -> SequenceLayout:
+        """Which tokens of a stream each rank holds: of these documents, or of this length if the layout asks no more."""
+        if self.comm.size == 1:
+            return SequenceLayout.contiguous(tokens.num_tokens if isinstance(tokens, Documents) else tokens, 1)
+        return SequenceLayout.make(self.layout_name, tokens, self.comm.size, **self.layout_options)
 
-    def local_tokens(self, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    def local_tokens(self, tokens: Documents | int) -> tuple[tuple[int, int], ...]:
         """Global token ranges of this rank, in part order."""
-        return self.layout(num_tokens).parts[self.comm.rank]
+        return self.layout(tokens).parts[self.comm.rank]
 
     def shard(
         self, documents: Documents, device: torch.device | str = "cpu", keep_state: bool = False
@@ -55,5 +83,5 @@ class SequenceParallel:
         """This rank's part of a stream."""
         if self.comm.size == 1:
             return WholeSequence(documents, device, keep_state)
-        layout = self.layout(documents.num_tokens)
+        layout = self.layout(documents)
         return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +97,21 @@ class SequenceLayout:
             enters = stop == start or not cut or bounds[first] > start
             links.append(Link(rank, slot, stop - start, stop - bounds[last] if cut else stop - start, cut, enters))
         return tuple(links)
+
+    def crossing(self, documents: Documents) -> list[int]:
+        """The documents that more than one rank holds tokens of, in order."""
+        self._check(documents)
+        found: list[int] = []
+        owner = None
+        for rank, slot in self.order:
+            start, stop = self.parts[rank][slot]
+            if start == stop:
+                continue
+            document = bisect_right(documents.bounds, start) - 1
+            if owner not in (None, rank) and documents.bounds[document] < start and found[-1:] != [document]:
+                found.append(document)
+            owner = rank
+        return found
 
     def _check(self, documents: Documents) -> None:
         if documents.num_tokens != self.num_tokens:

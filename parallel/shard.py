@@ -115,6 +115,20 @@ class RankShard(SequenceShard):
         local = token_sums(x, per, self.document_ids, self.documents.num_documents)
         return all_sum(local, self.comm, "total")
 
+    def document_sum(self, x: Tensor) -> Tensor:
+        # Only documents that cross ranks travel: they come first in the table of sums, on every rank the same ones.
+        def tables() -> tuple[int, int, Tensor]:
+            slots = {document: slot for slot, document in enumerate(self.layout.crossing(self.documents))}
+            crossing = len(slots)
+            index = [slots.setdefault(document, len(slots)) for document in self.segments.document_of]
+            return crossing, len(slots), torch.tensor(index, dtype=torch.int64, device=x.device)
+
+        crossing, count, index = self.segments.cached(("document_sum", str(x.device)), tables)
+        sums = x.new_zeros(count, *x.shape[1:]).index_add(0, index, x)
+        if crossing:
+            sums = torch.cat([all_sum(sums[:crossing], self.comm, "document sum"), sums[crossing:]])
+        return sums[index]
+
     def _prefix(
         self,
         element: tuple[Tensor, ...],

@@ -59,6 +59,11 @@ class _Replayed:
         return self.value
 
 
+def taped() -> bool:
+    """Whether this forward is to be recomputed, or is being so: it may then save for its backward what both can have."""
+    return _TAPE.get() is not None
+
+
 def begin(start: Callable[[], Pending]) -> Pending:
     """Start an exchange, or, in a recomputed forward, take what it brought the first time."""
     tape = _TAPE.get()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longhaul.models.errors import UserError
 from longhaul.models.ops import recompute
 from longhaul.models.ops.attention import Mask
 from longhaul.models.sequence import KVState
@@ -62,7 +63,7 @@ class Call(ABC):
         """The output [T, H, V], and the log-sum-exp in whatever form the backward wants it. Not run in a recomputation."""
 
     def residuals(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        """What the backward needs, in forward and in recomputation."""
+        """What the backward needs; of a taped forward, only what a recomputation has too."""
         return q, k, v, out, lse
 
     @abstractmethod
@@ -77,12 +78,22 @@ class Engine(ABC):
     """
 
     name: str
+    serves_windows = True
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def check(self, layout: str, heads: int, key_heads: int, mask: Mask) -> None:
-        """Refuse, with a `UserError` that names the engines that can, what this one cannot serve."""
+    def check(self, mask: Mask) -> None:
+        """Refuse, with a `UserError` that names the engines that can, what this one cannot serve.
+
+        All engines serve every layout, any number of heads, packed documents and states.
+        """
+        if mask.window is not None and not self.serves_windows:
+            others = ", ".join(sorted(engine.name for engine in Engine.__subclasses__() if engine.serves_windows))
+            raise UserError(
+                f"parallel.attention {self.name!r} computes the scores of all keys and does not serve the window of "
+                f"{mask.window} tokens; use {others}."
+            )
 
     @abstractmethod
     def call(self, shard: RankShard, shape: Shape, mask: Mask, scale: float, before: int, dtype: torch.dtype) -> Call:
@@ -92,7 +103,7 @@ class Engine(ABC):
         self, shard: RankShard, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: KVState | None, scale: float
     ) -> tuple[Tensor, KVState | None]:
         shape = Shape.of(q, k, v)
-        self.check(shard.layout.name, shape.heads, shape.key_heads, mask)
+        self.check(mask)
         past: tuple[Tensor | None, Tensor | None] = (None, None)
         before = 0
         if state is not None and shard.documents.first_position:
@@ -181,7 +192,7 @@ class _End:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         call: Call,
         end: _End | None,
@@ -209,7 +220,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dout: Tensor, dk_end: Tensor | None, dv_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         k_past, v_past, *residuals = ctx.saved_tensors

@@ -15,8 +15,8 @@ rank p, with t = (p - s) mod P the hops from rank s, n_s its tokens, e bytes an 
     q backward    t = (s - p) mod P and reaches of queries: sum over t <= r_s of n_s H ((K + V) e + 2 a), and for the
                   gradients (sum over 2 <= t <= r_s of n_s, plus n_p if r_p > 0) H K a
 
-Where all see all that is 2 (P - 1) n Hkv d elements forward (K = V = d), and backward 4 (P - 1) n Hkv d, or 3 (P - 1) n H d and two
-numbers a head and token.
+Where all see all that is 2 (P - 1) n Hkv d elements forward (K = V = d), and backward 4 (P - 1) n Hkv d, or
+3 (P - 1) n H d and two numbers a head and token.
 
 Legend: T tokens held here, B tokens of the incoming state, P ranks, H heads, Hkv key heads, K, V widths.
 """

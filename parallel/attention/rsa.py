@@ -10,11 +10,12 @@ The paper is about bidirectional attention; causal masks hide scores but spare n
 packed documents; its paper's experiments train on `contiguous_per_document`.
 
 Received per rank and layer, with N tokens, n_p of them here: forward (N - n_p) Hkv (K + V) elements of the input dtype;
-backward the same, plus 2 (P - 1) / P N Hkv (K + V) of the accumulation dtype: an all-reduce is counted as the ring that does it, a
-reduce-scatter and an all-gather of 1 / P of the payload to each of P - 1 ranks. On even ranks with Hkv d = K Hkv = V Hkv = D these are the
-paper's 2 (P - 1) n D forward and 6 (P - 1) n D backward.
+backward the same, plus 2 (P - 1) / P N Hkv (K + V) of the accumulation dtype. An all-reduce is counted as the ring that
+does it: a reduce-scatter and an all-gather, each P - 1 messages of 1 / P of the payload. On even ranks with Hkv K = Hkv V =
+D these are the paper's 2 (P - 1) n D forward and 6 (P - 1) n D backward.
 
-The Linformer variant (section 3.3), in which no length is whole anywhere, needs no engine: `longhaul.models.linformer`.
+The Linformer variant (section 3.3), in which no length is whole anywhere, needs no engine: see
+`LinformerAttention` in `longhaul.models.bidirectional`.
 
 Legend: T tokens held here, L tokens of the stream, n tokens of a block, B tokens of the incoming state, P ranks, H heads,
 Hkv key heads, G = H / Hkv, K, V widths.
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longhaul.models.errors import UserError
+from longhaul.models.ops import recompute
 from longhaul.models.ops.attention import Mask
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.shard import RankShard
@@ -41,13 +42,7 @@ class RingSelfAttention(Engine):
     """K ring, then V ring; the strip of scores is held whole. Bidirectional and causal, no window."""
 
     name = "rsa"
-
-    def check(self, layout: str, heads: int, key_heads: int, mask: Mask) -> None:
-        if mask.window is not None:
-            raise UserError(
-                f"Attention 'rsa' holds scores of every key and would gain nothing from a window of {mask.window}; "
-                "use ring, all_gather, ulysses or usp."
-            )
+    serves_windows = False
 
     def call(self, shard: RankShard, shape: Shape, mask: Mask, scale: float, before: int, dtype: torch.dtype) -> Call:
         tokens = [held.num_tokens for held in holdings(shard)]
@@ -107,7 +102,7 @@ class _Call(Call):
 
     def residuals(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         strip, self.strip = self.strip, None
-        return (q, k, v, out, lse) if strip is None else (q, k, v, out, lse, strip)
+        return (q, k, v, out, lse) if strip is None or recompute.taped() else (q, k, v, out, lse, strip)
 
     def backward(self, dout: Tensor, residuals: tuple[Tensor, ...], past: Past) -> Gradients:
         q, k, v, out, lse, *kept = residuals

@@ -5,7 +5,8 @@ outputs back. The published code wants the ranks to divide the heads; here heads
 replicated where their readers are spread, and a rank may have no head at all. Every layout: tokens are put in stream
 order after the all-to-all.
 
-Received by rank p, with n_s tokens on rank s, h_s query and g_s key heads (replicas counted), N tokens in all, e bytes an element:
+Received by rank p, with n_s tokens on rank s, h_s query and g_s key heads (replicas counted), N tokens in all, e bytes
+an element:
 
     heads forward     (N - n_p) (h_p K + g_p (K + V)) e   and of outputs   n_p (H - h_p) V e
     heads backward    (N - n_p) h_p V e                   and of gradients n_p ((H - h_p) K + (sum of g - g_p) (K + V)) e
@@ -23,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longhaul.models.ops import recompute
 from longhaul.models.ops.attention import Mask
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.shard import RankShard
@@ -103,11 +105,10 @@ class HeadCall(Call):
         return self.exchange.to_tokens([out], [QUERY], "heads forward")[0], lse
 
     def residuals(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        """In the heads' layout if the forward ran; in a recomputation it did not, and they have to be sent again."""
-        self.has_heads_layout = self.scattered is not None
-        kept = (q, k, v, out) if self.scattered is None else self.scattered
-        self.scattered = None
-        return *kept, lse
+        """In the heads' layout; a recomputation does not have that, so it has to be sent again."""
+        scattered, self.scattered = self.scattered, None
+        self.has_heads_layout = scattered is not None and not recompute.taped()
+        return *(scattered if scattered is not None and self.has_heads_layout else (q, k, v, out)), lse
 
     def backward(self, dout: Tensor, residuals: tuple[Tensor, ...], past: Past) -> Gradients:
         q, k, v, out, lse = residuals
