@@ -192,7 +192,7 @@ def milp_table(nodes: int) -> None:
     """One micro-batch of a sort-and-cut step: bisection against the published program."""
     rows = []
     problem = Problem(lengths_of(3, CAPS["384K"]), cluster_of(), published())
-    for start, end in cut(problem.length, problem.shelves + 1) or []:
+    for start, end in cut(problem.length, problem.shelves + 1):
         documents = list(range(start, end))
         upper = 4 * max(sum(problem.area[start:end]) // problem.power, problem.least[start])
         begin = time.process_time()

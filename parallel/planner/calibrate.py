@@ -171,7 +171,7 @@ def updated_speeds(cluster: Cluster, seconds: Sequence[float], weight: float = 0
         cluster: the present one.
         seconds: time of each rank for the same work, reduced over ranks so that all see the same. [ranks]
         weight: weight of the new measurement.
-        hysteresis: speeds that changed less than this stay.
+        hysteresis: relative difference from which a speed follows its measurement.
     """
     if len(seconds) != cluster.ranks or min(seconds) <= 0:
         raise UserError(f"Speeds need one time above 0 for each of {cluster.ranks} ranks, not {len(seconds)} times.")
@@ -179,6 +179,6 @@ def updated_speeds(cluster: Cluster, seconds: Sequence[float], weight: float = 0
     speeds = []
     for rank, time in enumerate(seconds):
         old = cluster.speeds[rank] if cluster.speeds else 1.0
-        new = round((1.0 - weight) * old + weight * middle / time, 2)
-        speeds.append(new if abs(new - old) > hysteresis * old else old)
+        seen = middle / time
+        speeds.append(round(old + weight * (seen - old), 3) if abs(seen - old) > hysteresis * old else old)
     return replace(cluster, speeds=tuple(speeds))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 from longhaul.parallel.planner.fill import lowest
 from longhaul.parallel.planner.problem import Problem, Shelf, Work
 
 
-def cut(lengths: list[int], runs: int) -> list[tuple[int, int]] | None:
+def cut(lengths: list[int], runs: int) -> list[tuple[int, int]]:
     """Cut sorted lengths into at most `runs` consecutive runs whose largest token sum is least."""
-    low, high = max(lengths), sum(lengths)
-    best = None
+    before = [0, *accumulate(lengths)]
+    low, high = max(max(lengths), before[-1] // runs), before[-1]
+    best = [(0, len(lengths))]
     while low <= high:
         middle = (low + high) // 2
-        bounds, start, total = [], 0, 0
-        for position, length in enumerate(lengths):
-            if total + length > middle:
-                bounds.append((start, position))
-                start, total = position, 0
-            total += length
-        bounds.append((start, len(lengths)))
-        if len(bounds) <= runs:
+        bounds, start = [], 0
+        while start < len(lengths) and len(bounds) <= runs:
+            end = bisect_right(before, before[start] + middle) - 1
+            bounds.append((start, end))
+            start = end
+        if start == len(lengths) and len(bounds) <= runs:
             best, high = bounds, middle - 1
         else:
             low = middle + 1
@@ -42,8 +44,8 @@ def chunked(problem: Problem, work: Work, tries: int = 5, below: int | None = No
         if work.spent:
             break
         bounds = cut(problem.length, runs)
-        work.done += len(problem.length)
-        if bounds is None or (least is not None and floor(problem, bounds) >= least):
+        work.done += len(bounds)
+        if least is not None and floor(problem, bounds) >= least:
             continue
         shelves = []
         for start, end in bounds:

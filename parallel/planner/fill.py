@@ -116,7 +116,7 @@ def lowest(problem: Problem, documents: Sequence[int], work: Work, upper: int, s
     best = None
     height = upper
     for _ in range(steps):
-        if height < lower:
+        if height < lower or upper - lower < upper >> 10:
             break
         filled = fill(problem, documents, height, work)
         if filled.left:

@@ -140,7 +140,7 @@ def candidates(problem: Problem, work: Work, longest: int, small: bool = True) -
         return {"exact": exact(problem, work)}
     documents = list(range(len(problem.length)))
     search = Search(problem, documents, work)
-    states = search.run(width=4, keep=3)
+    states = search.run(width=3, keep=2)
     options = []
     for state in states:
         shelves = realise(problem, search, state, work)

@@ -1,0 +1,151 @@
+"""The cost model against formulas written out, and its calibration on times it did not make."""
+
+import math
+
+import numpy as np
+import pytest
+
+from longhaul.models.errors import UserError
+from longhaul.parallel.planner import CostModel, LayerCost, plan, published
+from longhaul.parallel.planner.calibrate import (
+    Online,
+    Sample,
+    calibrate,
+    kind_at,
+    predict,
+    prediction_error,
+    updated_speeds,
+)
+from longhaul.parallel.planner.cost import PUBLISHED, PUBLISHED_ALL_TO_ALL
+from longhaul.parallel.planner.problem import Problem
+from tests.planner.setting import cluster_of, lengths_of
+
+
+@pytest.mark.parametrize("degree", [8, 64])
+def test_published_time_of_one_document(degree):
+    s, (quadratic, linear, bias, _) = 50_000, PUBLISHED["7B"]
+    expected = (quadratic * s * s + linear * s) / degree + 2.0e6 * s / (degree * PUBLISHED_ALL_TO_ALL[degree]) + bias
+    assert predict(Sample((s,), degree, 1.0), cluster_of(), published()) == pytest.approx(expected, rel=1e-12)
+    problem = Problem([s], cluster_of(), published())
+    kind = problem.degree.index(degree)
+    assert problem.time[0][kind] + problem.bias == pytest.approx(expected * 1e6, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "once"),
+    [
+        ("all_gather", lambda d, latency, state: latency + (d - 1) * state),
+        ("scan", lambda d, latency, state: math.ceil(math.log2(d)) * (latency + state)),
+        ("ring", lambda d, latency, state: (d - 1) * (latency + state)),
+    ],
+)
+@pytest.mark.parametrize("degree", [1, 4, 32])
+def test_state_exchange(engine, once, degree):
+    layer = LayerCost("linear", 5, engine, linear=1e-6, state_bytes=2e6, halo_bytes=3e4, passes=3)
+    latency, bandwidth = (1e-5, 100e9) if degree <= 8 else (2e-5, 20e9)
+    expected = 0.0 if degree == 1 else 5 * 3 * (once(degree, latency, 2e6 / bandwidth) + latency + 3e4 / bandwidth)
+    assert layer.per_group(cluster_of(), degree, 1.0) == pytest.approx(expected)
+    assert layer.per_token(cluster_of(), degree, 1.0) == 0.0
+
+
+def test_window_counts_pairs():
+    layer = LayerCost("softmax", 1, "ring", linear=0.0, quadratic=1.0, window=10)
+    lengths = np.asarray([5, 10, 11, 40])
+    # Twice the causal pairs of a window of 10, in the continuum: x^2 up to the window, 20 x - 100 beyond.
+    assert layer.compute(lengths).tolist() == [25.0, 100.0, 120.0, 700.0]
+
+
+def test_split_is_never_below_sum():
+    lengths = lengths_of(0, 80, 100_000)
+    joint, split = (plan(lengths, cluster_of(), published(softmax=0.25, objective=o)) for o in ("sum", "split"))
+    assert split.objective == "split" and split.time >= joint.bound
+    problem = Problem(lengths, cluster_of(), published(softmax=0.25, objective="split"))
+    shelf = [[0, 0, 0, [70], -1], [0, 0, 1, [71], -1]]
+    parts = [max(problem.parts[p][1][i][k] + problem.parts[p][0][k] for i, k in ((70, 0), (71, 1))) for p in (0, 1)]
+    assert problem.shelf_time(shelf) == sum(parts)
+
+
+def truth(sample: Sample, noise: float = 0.0) -> float:
+    """Times with another law's constants: 1.7x quadratic, 0.8x linear, 1.3x traffic, 1.2x bias."""
+    quadratic, linear, bias, _ = PUBLISHED["7B"]
+    s = np.asarray(sample.lengths, float)
+    compute = (1.7 * quadratic * (s * s).sum() + 0.8 * linear * s.sum()) / sample.degree
+    traffic = 0.0 if sample.degree == 1 else 1.3 * 2.0e6 * s.sum() / (sample.degree * PUBLISHED_ALL_TO_ALL[sample.degree])
+    return (compute + traffic + 1.2 * bias) * (1.0 + noise)
+
+
+def samples(seed: int, count: int, noise: float) -> list[Sample]:
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        degree = int(2 ** random.integers(0, 7))
+        lengths = tuple(int(x) for x in random.integers(200, 6400 * degree // 4 + 400, random.integers(1, 4)))
+        bare = Sample(lengths, degree, 1.0)
+        found.append(Sample(lengths, degree, truth(bare, noise * random.standard_normal())))
+    return found
+
+
+@pytest.mark.parametrize(("noise", "limit"), [(0.0, 1e-3), (0.03, 0.04)])
+def test_calibration_predicts_held_out_lengths(noise, limit):
+    cluster, first = cluster_of(), published()
+    fitted = calibrate(samples(0, 60, noise), cluster, first)
+    held_out = samples(1, 40, noise)
+    assert prediction_error(held_out, cluster, fitted) < limit < prediction_error(held_out, cluster, first)
+    if not noise:
+        assert fitted.layers[0].quadratic == pytest.approx(1.7 * first.layers[0].quadratic, rel=2e-3)
+        assert fitted.bias == pytest.approx(1.2 * first.bias, rel=2e-3)
+
+
+def test_calibration_keeps_what_no_sample_shows_and_nothing_negative():
+    cluster, first = cluster_of(), published()
+    alone = [Sample((length,), 1, truth(Sample((length,), 1, 1.0))) for length in (500, 2000, 6000)]
+    fitted = calibrate(alone, cluster, first)
+    assert fitted.layers[0].token_bytes == first.layers[0].token_bytes
+    odd = [Sample((500,), 1, 2.0), Sample((6000,), 1, 0.5), Sample((3000,), 1, 1.0)]
+    fitted = calibrate(odd, cluster, first)
+    assert min(fitted.bias, fitted.layers[0].linear, fitted.layers[0].quadratic) >= 0.0
+    with pytest.raises(UserError, match="2|two"):
+        calibrate(odd[:1], cluster, first)
+    with pytest.raises(UserError, match="aligned"):
+        kind_at(cluster, 8, 4)
+
+
+def test_online_follows_a_drift_with_hysteresis():
+    online = Online(published(), cluster_of())
+    batch = [Sample((20_000,), 4, 0.0 + predict(Sample((20_000,), 4, 1.0), online.cluster, online.model))]
+    steady = online.update(batch)
+    assert steady.model is online.model and steady.error < 1e-3
+    slower = [Sample(batch[0].lengths, 4, 1.3 * batch[0].time)]
+    changes = 0
+    for _ in range(200):
+        after = online.update(slower)
+        changes += after.model is not online.model
+        online = after
+    assert 1 <= changes <= 40
+    assert prediction_error(slower, online.cluster, online.model) < 0.035
+    assert set(online.state()) == {"average", "error"}
+
+
+def test_speeds_follow_stragglers():
+    cluster = cluster_of(8)
+    times = [1.0] * 7 + [2.0]
+    for _ in range(40):
+        cluster = updated_speeds(cluster, times)
+    assert cluster.speeds[:7] == (1.0,) * 7 and cluster.speeds[7] == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(UserError, match="8 ranks"):
+        updated_speeds(cluster, [1.0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerCost("conv", 1, "ring", 1.0),
+        lambda: LayerCost("linear", 1, "ulysses", 1.0),
+        lambda: LayerCost("softmax", 1, "ring", -1.0),
+        lambda: CostModel((), 0.0, 1.0),
+        lambda: published(objective="max"),
+    ],
+)
+def test_refusals(make):
+    with pytest.raises(UserError):
+        make()
