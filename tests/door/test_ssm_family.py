@@ -19,13 +19,14 @@ from longhaul.models.mixers.s5 import S5, S5Config
 from longhaul.models.ops.diagonal_ssm.hippo import hippo_normal, zero_order_hold
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
+from longhaul.parallel.attention.all_gather import AllGatherAttention
 from longhaul.parallel.comm import Comm
+from longhaul.parallel.exchange.registry import make_exchange
 from longhaul.parallel.layout import SequenceLayout
+from longhaul.parallel.shard import RankShard
 from tests.harness.cases import document_tables, rank_lengths
 from tests.harness.numerics import TOLERANCE, assert_bitwise_equal, assert_close, assert_trees_close
 from tests.harness.pool import run_ranks
-
-from .ranks import make_shard
 
 WIDTH = 8
 CONFIG = ModelConfig(
@@ -54,17 +55,32 @@ def make_module(mixer: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return module
 
 
-def exactness(rank: int, world_size: int, mixer: str, num_tokens: int, dtype: torch.dtype) -> dict[str, float]:
+def make_shard(comm: Comm, exchange: str, layout: SequenceLayout, documents: Documents, keep_state: bool) -> RankShard:
+    return RankShard(
+        layout, documents, comm, make_exchange(exchange, comm), AllGatherAttention(comm), keep_state=keep_state
+    )
+
+
+def exactness(
+    rank: int,
+    world_size: int,
+    mixer: str,
+    num_tokens: int,
+    dtype: torch.dtype,
+    exchange: str = "all_gather",
+    tables: tuple[str, ...] = ("one", "many_short", "edge", "spanning", "mixed"),
+) -> dict[str, tuple[float, str]]:
     """The worst error of every tensor over all tables and layouts, with where it was."""
     comm, worst = Comm(dist.group.WORLD), {}
     module = make_module(mixer, dtype)
-    for table, bounds in document_tables(num_tokens).items():
-        for first_position, keep_state in ((0, False), (0, True), (5, True), (5, False)):
+    for table in tables:
+        bounds = document_tables(num_tokens)[table]
+        for first_position, keep_state in ((0, False), (5, True)):
             documents = Documents(bounds, first_position)
             problem = make_problem(module, documents, WIDTH, 1, dtype, keep_state)
             for name, lengths in rank_lengths(num_tokens, world_size).items():
                 layout = SequenceLayout.contiguous(num_tokens, world_size, lengths)
-                errors = compare(module, functools.partial(make_shard, comm), layout, problem, comm)
+                errors = compare(module, functools.partial(make_shard, comm, exchange), layout, problem, comm)
                 for tensor, value in errors.items():
                     if not value <= worst.get(tensor, (-1.0,))[0]:
                         worst[tensor] = (value, f"documents {table} from {first_position}, {name}, state {keep_state}")
@@ -79,6 +95,15 @@ def test_ranks_equal_one_process(mixer: str, world_size: int) -> None:
         assert {"output", "input gradient", "final state 0", "state gradient 0"} <= set(worst)
         for tensor, (value, where) in worst.items():
             assert value <= TOLERANCE[dtype], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
+
+
+@pytest.mark.parametrize("exchange", ("ring", "ring_blocking", "all_scan", "log_scan"))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_exchange(mixer: str, exchange: str) -> None:
+    options = {"exchange": exchange, "tables": ("one", "mixed"), "num_tokens": 37, "dtype": torch.float64}
+    for rank, worst in enumerate(run_ranks(exactness, 3, mixer=mixer, timeout=120, **options)):
+        for tensor, (value, where) in worst.items():
+            assert value <= TOLERANCE[torch.float64], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
