@@ -1,13 +1,21 @@
 """Every layout by name: tiles exactly once, is balanced, goes round trip, and chains as a look at every token says."""
 
+import functools
 import random
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from longhaul.launcher.verify.exactness import compare, make_problem
 from longhaul.models.errors import UserError
 from longhaul.models.ops.segments import Documents, Segments
+from longhaul.parallel.comm import Comm
 from longhaul.parallel.layout import LAYOUTS, SequenceLayout, check_recurrent
+from tests.door.ranks import WIDTH, make_module, make_shard
 from tests.harness.cases import document_tables
+from tests.harness.numerics import TOLERANCE
+from tests.harness.pool import run_ranks
 
 RANKS = (1, 2, 3, 4, 7)
 
@@ -127,3 +135,24 @@ def test_recurrences_run_on_all_others() -> None:
     for name, kind in LAYOUTS.items():
         if kind.recurrent:
             check_recurrent(name)
+
+
+def recurrence(rank: int, world_size: int) -> dict[str, tuple[float, str]]:
+    """The worst error of every tensor of a gated recurrence with a convolution, and where."""
+    comm, module, worst = Comm(dist.group.WORLD), make_module("mamba2"), {}
+    for table, bounds in document_tables(31).items():
+        for name in LAYOUTS:
+            documents = Documents(bounds, 5)
+            problem = make_problem(module, documents, WIDTH, 1, torch.float64, keep_state=True)
+            layout = SequenceLayout.make(name, documents, world_size)
+            for tensor, value in compare(module, functools.partial(make_shard, comm), layout, problem, comm).items():
+                if not value <= worst.get(tensor, (-1.0, ""))[0]:
+                    worst[tensor] = (value, f"{table}, {name}")
+    return worst
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_recurrences_are_exact_on_every_layout(world_size: int) -> None:
+    for rank, worst in enumerate(run_ranks(recurrence, world_size, timeout=120)):
+        for tensor, (value, where) in worst.items():
+            assert value <= TOLERANCE[torch.float64], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
