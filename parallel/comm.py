@@ -166,13 +166,18 @@ class Comm:
         return self._post(label, "all_gather", self.size - 1, size, [work], lambda: out.reshape(self.size, *x.shape))
 
     def reduce_scatter(self, x: Tensor, label: str) -> Handle:
-        """The sum over ranks of this rank's block: [P, ...] -> [...]."""
+        """The sum over ranks of this rank's block: [P, ...] -> [...], added in rank order."""
         if self.size == 1:
             return Handle((), lambda: x[0], lambda: None)
         flat = x.contiguous().reshape(-1)
+        size = (self.size - 1) * _bytes(x) // self.size
+        if dist.get_backend(self.group) == "gloo":
+            # gloo's own is an all-reduce, twice the bytes.
+            blocks = torch.empty_like(flat)
+            work = dist.all_to_all_single(blocks, flat, group=self.group, async_op=True)
+            return self._post(label, "reduce_scatter", self.size - 1, size, [work], lambda: blocks.reshape(x.shape).sum(0))
         out = flat.new_empty(flat.numel() // self.size)
         work = _scatter_flat(out, flat, group=self.group, async_op=True)
-        size = (self.size - 1) * _bytes(out)
         return self._post(label, "reduce_scatter", self.size - 1, size, [work], lambda: out.reshape(x.shape[1:]))
 
     def all_reduce(self, x: Tensor, label: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Handle:

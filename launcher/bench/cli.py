@@ -10,6 +10,8 @@ from longhaul.models.errors import UserError
 # Benchmark -> module with `main(argv) -> int`, and one line of help.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("longhaul.launcher.bench.step", "a training step beside Hugging Face's, on the same weights"),
+    "overlap": ("longhaul.launcher.bench.overlap", "how much of a slow wire's delay a step feels"),
+    "wire": ("longhaul.launcher.bench.wire", "counted bytes beside the operating system's counters"),
 }
 
 
@@ -17,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one benchmark."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {name:6} {text}" for name, (_, text) in BENCHMARKS.items()]
+        lines = [f"  {name:8} {text}" for name, (_, text) in BENCHMARKS.items()]
         print("\n".join(["usage: longhaul bench NAME [ARGUMENTS]", "", *lines]))
         return 0
     if name not in BENCHMARKS:

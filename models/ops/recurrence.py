@@ -222,6 +222,10 @@ class ChunkedRecurrence(Recurrence):
         return out, S_out
 
 
+def _device_type(x: Inputs) -> str:
+    return next(tensor.device.type for tensor in x if tensor is not None)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -232,6 +236,13 @@ class _Scan(torch.autograd.Function):
         want_end: bool,
         initial: Tensor | None,
         *x: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(_device_type(x), enabled=False):  # states are summed in float32 at least
+            return _Scan._forward(ctx, op, segments, carry, want_end, initial, x)
+
+    @staticmethod
+    def _forward(
+        ctx: Any, op: Recurrence, segments: Segments, carry: Carry, want_end: bool, initial: Tensor | None, x: Inputs
     ) -> tuple[Tensor, Tensor | None]:
         summary = op.summarize(x, segments)
         pending: Pending = recompute.begin(lambda: carry.start(summary.maps, initial, False, want_end))

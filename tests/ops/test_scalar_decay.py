@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
 from longhaul.models.ops.affine import Constant, Identity, LogScale
 from longhaul.models.ops.recurrence import EachPart, Recurrence, scan
 from longhaul.models.ops.scalar_decay.chunk import ScalarDecay
 from longhaul.models.ops.scalar_decay.naive import scalar_decay
 from longhaul.models.ops.segments import Documents, Segments
-
 from tests.harness.cases import slow_log_decay
 from tests.harness.numerics import assert_bitwise_equal, assert_close
 
@@ -135,6 +135,20 @@ def test_no_bit_of_another_document_arrives(generator: torch.Generator) -> None:
     for name, a, b in zip(("out", "dq", "dk", "dv", "dlog_decay"), results(x), results(edited)):
         assert_bitwise_equal(a[:5], b[:5], name)
         assert_bitwise_equal(a[40:], b[40:], name)
+
+
+@pytest.mark.parametrize("strength", (1.0, 20.0, 120.0))
+def test_float32_with_gates_that_forget(strength: float, generator: torch.Generator) -> None:
+    case = Case("documents", "data", 2, generator)
+    with torch.no_grad():
+        case.data[10:30] -= strength  # no factor may overflow across a document's end
+    exact = case.gradients(*scalar_decay(case.q, case.k, case.v, case.data, case.segments, case.S_in))
+    single = [leaf.detach().float().requires_grad_() for leaf in case.leaves]
+    q, k, v, S_in, data = single
+    found = ScalarDecay(None, CHUNK).run((q, k, v, data), case.segments, S_in)
+    gradients = torch.autograd.grad(found, single, (case.dout.float(), case.dS_out.float()))
+    for name, a, b in zip(("dq", "dk", "dv", "dS_in", "dlog_decay"), gradients, exact):
+        assert_close(a, b.float(), name)
 
 
 def test_float32_with_gates_that_remember(generator: torch.Generator) -> None:

@@ -10,9 +10,10 @@ Inside a chunk, with `c_i` the log decay summed from the chunk's (or the documen
     O_i   = sum_{j <= i} exp(c_i - c_j) (q_i . k_j) v_j  +  exp(c_i) q_i S_n              (head tokens only)
     S_n+1 = exp(c_C) S_n + sum_j exp(c_C - c_j) k_j^T v_j                                 (tail tokens only; no S_n if cut)
 
-Differences are taken before `exp`, never `exp(-c_j)`. The gradient of `c_i` is `o_i . do_i - v_i . dv_i`, plus the boundary
-term `<G_n+1, S_n+1>` at the chunk's last token: everything that depends on c does so through a query (linear in o) or a key
-(bilinear with v), or through the state that leaves.
+Differences are taken before `exp`, never `exp(-c_j)`. The gradient of a log decay `a_t` is the sum over all paths that cross
+token t: from a key before it to a query at or after it, from the state that enters to a query, from a key to the state that
+leaves, and from the one state to the other (the boundary term `exp(c_C) <G_n+1, S_n>`). The usual short form, a running sum
+of `o_i . do_i - v_i . dv_i`, is the same number as a difference of much larger ones, and loses digits in fp32.
 
 Legend: T tokens, N parts, M chunks, C tokens of a chunk, G key groups, R = H / G heads of a group, K key width, V value width.
 Chunk states are held as [M, G, K, R, V], so that a group's heads share one product.
@@ -38,8 +39,6 @@ class ScalarDecay(ChunkedRecurrence):
         log_decay: a constant log decay per head, [H], for inputs without one; None is no decay.
         chunk: C.
     """
-
-    needs_out = True
 
     def __init__(self, log_decay: Tensor | None = None, chunk: int = 64) -> None:
         self.constant, self.chunk = log_decay, chunk
@@ -100,7 +99,7 @@ class ScalarDecay(ChunkedRecurrence):
     ) -> Any:
         chunks, dO, D = reverse.scratch
         states = chunks.chunk_states(S_in, chunks.summaries())
-        return chunks, dO, D, states, chunks.local_gradients(dO, states)
+        return chunks, D, states, chunks.local_gradients(dO, states, decay=x[3] is not None)
 
     def correct_backward(
         self,
@@ -113,14 +112,8 @@ class ScalarDecay(ChunkedRecurrence):
         G_out: Tensor,
         partial: Any,
     ) -> tuple[Tensor | None, ...]:
-        chunks, dO, D, states, (dq, dk, dv) = partial
-        G = chunks.chunk_states(G_out, D, reverse=True)
-        chunks.add_state_gradients(G, dk, dv)
-        dlog_decay = None
-        if x[3] is not None:
-            assert out is not None
-            O = chunks.grid.pad(out).to(chunks.dtype)
-            dlog_decay = chunks.decay_gradients(O, dO, dv, states, G)
+        chunks, D, states, (dq, dk, dv, dlog_decay) = partial
+        chunks.add_state_gradients(chunks.chunk_states(G_out, D, reverse=True), states, dk, dv, dlog_decay)
         return tuple(
             None if tensor is None else chunks.grid.unpad(grad).to(tensor.dtype)
             for tensor, grad in zip(x, (dq, dk, dv, dlog_decay))

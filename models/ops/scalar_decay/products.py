@@ -96,8 +96,11 @@ class Chunks:
     # Weights.
     def tail_weights(self) -> Tensor:
         """`exp(c_C - c_j)` of tail tokens, else zero, [M, C, H or 1, 1]."""
-        tail = self.grid.tail[:, :, None, None].to(self.dtype)
-        return tail if self.c is None else tail * (self.c[:, -1:] - self.c).exp()[..., None]
+        tail = self.grid.tail[:, :, None]
+        if self.c is None:
+            return tail[..., None].to(self.dtype)
+        # Masked before `exp`: across a document's end the difference may be large and positive.
+        return (self.c[:, -1:] - self.c).masked_fill(~tail, float("-inf")).exp()[..., None]
 
     def head_weights(self) -> Tensor:
         """`exp(c_i)` of head tokens, else zero, [M, C, H or 1, 1]."""
@@ -174,14 +177,20 @@ class Chunks:
         """What each chunk's outputs say about the state entering it, [M, G, K, R, V]."""
         return self.outer(self.q, dO * self.head_weights())
 
-    def local_gradients(self, dO: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients that need nothing from the right: all of dq, the intra-chunk share of dk and dv."""
+    def local_gradients(self, dO: Tensor, states: Tensor, decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients that need nothing from the right: dq, and the intra-chunk and entering shares of dk, dv, dlog_decay.
+
+        The gradient of a decay is summed over the paths that cross its token, never as a difference of larger sums.
+        """
         dq, dk, dv = torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
+        dlog = self.v.new_empty(self.v.shape[:3]) if decay else None
         head = self.head_weights()
         for chunks in self.slabs():
             q, k = self.q[chunks].transpose(1, 2), self.k[chunks].transpose(1, 2)  # [m, G, C, K]
             decays = self.decays(chunks)
             scores, dout = q @ k.mT, dO[chunks]
+            entering = self.between(states, chunks, 0).flatten(3)  # [m, G, K, R * V]
+            weighted = dout * head[chunks]
             if decays.shape[1] == 1:
                 weights = scores * decays
                 dv[chunks] = self.from_side(weights.mT @ self.side_by_side(dout))
@@ -189,28 +198,40 @@ class Chunks:
             else:
                 grouped = decays.unflatten(1, (self.groups, self.per_group))
                 by_head = self.by_head(dout)
-                dscores = ((by_head @ self.by_head(self.v[chunks]).mT) * grouped).sum(2)
+                per_head = (by_head @ self.by_head(self.v[chunks]).mT) * grouped  # [m, G, R, C, C]
+                dscores = per_head.sum(2)
                 dv[chunks] = self.from_head((scores[:, :, None] * grouped).mT @ by_head)
-            entering = self.between(states, chunks, 0).flatten(3)
-            inter = self.side_by_side(dout * head[chunks]) @ entering.mT
-            dq[chunks] = (dscores @ k + inter).transpose(1, 2)
+                if dlog is not None:
+                    inter = (self.from_side(q @ entering) * weighted).sum(-1)  # [m, C, H], of each query
+                    dlog[chunks] = self.same_document(chunks).mT @ inter
+                    dlog[chunks] += self._crossing(per_head.mul_(scores[:, :, None]))
+            dq[chunks] = (dscores @ k + self.side_by_side(weighted) @ entering.mT).transpose(1, 2)
             dk[chunks] = (dscores.mT @ q).transpose(1, 2)
-        return dq, dk, dv
+        return dq, dk, dv, dlog
 
-    def add_state_gradients(self, G: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add to dk and dv what the cotangents of the states leaving the chunks say; in place."""
+    def same_document(self, chunks: slice, strictly: bool = False) -> Tensor:
+        """1 where key j <= i (or j < i: `strictly`) is of the same document, [m, C, C]."""
+        same = self.grid.same[chunks].to(self.dtype)
+        return same.tril(-1) if strictly else same
+
+    def _crossing(self, paths: Tensor) -> Tensor:
+        """Paths [m, G, R, C, C] from key j to query i, summed over those that cross token t, j < t <= i: [m, C, H]."""
+        ones = paths.new_ones(self.grid.size, self.grid.size)
+        return ((paths @ ones.triu(1)) * ones.tril()).sum(-2).flatten(1, 2).transpose(1, 2)
+
+    def add_state_gradients(self, G: Tensor, states: Tensor, dk: Tensor, dv: Tensor, dlog: Tensor | None) -> None:
+        """Add to dk, dv and dlog_decay what the cotangents of the states leaving the chunks say; in place."""
         tail = self.tail_weights()
         for chunks in self.slabs():
-            leaving = self.between(G, chunks, 1).flatten(3)  # [m, G, K, R * V]
-            product = self.from_side(self.k[chunks].transpose(1, 2) @ leaving)
-            dv[chunks].addcmul_(product, tail[chunks].expand_as(product))
-            dk[chunks] += (self.side_by_side(self.v[chunks] * tail[chunks]) @ leaving.mT).transpose(1, 2)
-
-    def decay_gradients(self, out: Tensor, dO: Tensor, dv: Tensor, states: Tensor, G: Tensor) -> Tensor:
-        """Gradient of each token's log decay, [M, C, H]."""
-        dc = (out * dO).sum(-1) - (self.v * dv).sum(-1)
-        for chunks in self.slabs():
-            # <G, S> over the boundary: without it every decay of the chunk would miss what leaves the chunk.
-            boundary = (self.between(G, chunks, 1) * self.between(states, chunks, 1)).sum((2, 4))
-            dc[chunks, -1] += boundary.flatten(1)
-        return self.grid.same.to(self.dtype).mT @ dc
+            leaving = self.between(G, chunks, 1)  # [m, G, K, R, V]
+            product = self.from_side(self.k[chunks].transpose(1, 2) @ leaving.flatten(3)) * tail[chunks]
+            dv[chunks] += product
+            weighted = self.v[chunks] * tail[chunks]
+            dk[chunks] += (self.side_by_side(weighted) @ leaving.flatten(3).mT).transpose(1, 2)
+            if dlog is not None:
+                # Keys reach the state that leaves past every later token of their document, ...
+                dlog[chunks] += self.same_document(chunks, strictly=True) @ (product * self.v[chunks]).sum(-1)
+                # ... and the state that enters reaches it past all tokens: the boundary term of the decay.
+                passing = (leaving * self.between(states, chunks, 0)).sum((2, 4)).flatten(1) * self.decay[chunks]
+                uncut = torch.tensor(self.grid.cuts[chunks], device=passing.device).logical_not()
+                dlog[chunks] += (passing * uncut[:, None])[:, None]
