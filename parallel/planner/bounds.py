@@ -1,7 +1,8 @@
 """Lower bounds on the time of a step, valid for any plan under the cost model. Proofs: docs/planner.md.
 
-`area_bound` needs a sum. `configuration_bound` is a linear program over *classes* of micro-batches by makespan; it sees that a
-long micro-batch filled with short documents runs out of memory before it runs out of time, and that a document is in one group.
+`area_bound` needs a sum. `configuration_bound` is a linear program over *classes* of micro-batches by makespan; it sees
+that a long micro-batch filled with short documents runs out of memory before it runs out of time, and that a document
+is in one group.
 
 Legend: `Q` items (single documents, or buckets of short ones), `R` classes, `K` kinds of block.
 """
@@ -18,12 +19,16 @@ from longhaul.parallel.planner.problem import NEVER, Problem
 
 
 def area_bound(problem: Problem) -> int:
-    """Least power-time of every document over the cluster's power, plus one bias for each micro-batch that memory forces."""
+    """Least power-time of every document over the cluster's power, plus one bias for each micro-batch that memory
+    forces.
+    """
     return -(-sum(problem.area) // problem.power) + problem.shelves * problem.bias
 
 
 def pods_bound(problem: Problem, blocks: list[range]) -> int:
-    """Bound on a step whose pods do not wait for each other: the slowest pod is no faster than the mean, weighted by power."""
+    """Bound on a step whose pods do not wait for each other: the slowest pod is no faster than the mean, weighted by
+    power.
+    """
     ranks = problem.cluster.ranks
     least = min(sum(map(problem.cluster.speed, block)) / len(block) for block in blocks) * ranks / problem.power
     biases = int(problem.bias * min(1.0, least) * problem.total_tokens / (ranks * problem.tokens))
@@ -62,8 +67,8 @@ def items_of(problem: Problem, singles: int, buckets: int) -> tuple[np.ndarray, 
     """The longest documents one by one, the others as buckets whose tokens can be divided.
 
     Returns:
-        tokens [Q], least time of the whole item [Q, K] (`inf` where no document of it fits), shortest document's time [Q, K],
-        and which items are single [Q].
+        tokens [Q], least time of the whole item [Q, K] (`inf` where no document of it fits), shortest document's time
+        [Q, K], and which items are single [Q].
     """
     table = np.where(problem.table < NEVER, problem.table, np.inf)
     length = np.asarray(problem.length, np.float64)
@@ -94,7 +99,8 @@ def configuration_bound(problem: Problem, upper: int, classes: int = 24, singles
         from scipy.optimize import linprog
     except ImportError:
         raise UserError(
-            "The configuration bound needs a solver and none is installed: pip install 'longhaul[planner]', or use area_bound."
+            "The configuration bound needs a solver and none is installed: pip install 'longhaul[planner]', or use "
+            "`area_bound`, which needs none."
         ) from None
 
     simple = area_bound(problem)
@@ -110,7 +116,8 @@ def configuration_bound(problem: Problem, upper: int, classes: int = 24, singles
     R, K, Q = len(low), len(degree), len(tokens)
     blocks = np.asarray([len(kind.firsts) for kind in problem.kinds], np.float64)
 
-    # Variables: y[R] micro-batches, t[R] their makespans, n[R, K] groups, u[R, K] their makespans, x[Q, R, K] shares of items.
+    # Variables: y[R] micro-batches, t[R] their makespans, n[R, K] groups, u[R, K] their makespans, x[Q, R, K] shares of
+    # items.
     y, t = np.arange(R), R + np.arange(R)
     n = 2 * R + np.arange(R * K).reshape(R, K)
     u = n + R * K

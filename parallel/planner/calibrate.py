@@ -1,8 +1,9 @@
 """Fit the cost model to measured times, once by least squares and then online with each step's timers.
 
-A sample is a group that ran alone or in a step: its documents' lengths, its kind of block and the seconds it took. The unknowns
-are the coefficients of the model: quadratic and linear seconds of each kind of layer cannot be told apart by a whole step's time, so a
-fit scales the *terms*: quadratic work, linear work, communication per token, communication per group, and the bias.
+A sample is a group that ran alone or in a step: its documents' lengths, its kind of block and the seconds it took. The
+unknowns are the coefficients of the model: quadratic and linear seconds of each kind of layer cannot be told apart by a
+whole step's time, so a fit scales the *terms*: quadratic work, linear work, communication per token, communication per
+group, and the bias.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def kind_at(cluster: Cluster, degree: int, first: int = 0) -> Kind:
         if kind.degree == degree and first in kind.firsts:
             candidates = [other for other in kinds_of(cluster) if other.degree == degree and first in other.firsts]
             return min(candidates, key=lambda other: other.slowdown)
-    raise UserError(f"No block of degree {degree} starts at rank {first}: degrees are powers of two, aligned to themselves.")
+    raise UserError(
+        f"No block of degree {degree} starts at rank {first}: degrees are powers of two, aligned to themselves."
+    )
 
 
 def features(sample: Sample, cluster: Cluster, model: CostModel) -> np.ndarray:
@@ -116,7 +119,9 @@ def calibrate(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> 
         model: structure and first guess.
     """
     if len(samples) < 2:
-        raise UserError(f"{len(samples)} samples cannot fit a cost model: time groups of at least two lengths and two degrees.")
+        raise UserError(
+            f"{len(samples)} samples cannot fit a cost model: time groups of at least two lengths and two degrees."
+        )
     if any(sample.time <= 0 for sample in samples):
         raise UserError("A sample took no time: time groups with a synchronised clock.")
     return scaled(model, fit_scale(samples, cluster, model))
@@ -126,9 +131,9 @@ def calibrate(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> 
 class Online:
     """A cost model that follows the step timers.
 
-    Each step's samples (already reduced over ranks, so that all see the same) give a scale of the computing terms and one of the
-    bias; both are averaged exponentially. The model in use changes only when the average has drifted by `hysteresis`, so that plans do not
-    flicker. `state` is what a checkpoint keeps.
+    Each step's samples (already reduced over ranks, so that all see the same) give a scale of the computing terms and
+    one of the bias; both are averaged exponentially. The model in use changes only when the average has drifted by
+    `hysteresis`, so that plans do not flicker. `state` is what a checkpoint keeps.
 
     Attributes:
         model: the model in use.
@@ -164,7 +169,9 @@ class Online:
         return {"average": self.average, "error": self.error}
 
 
-def updated_speeds(cluster: Cluster, seconds: Sequence[float], weight: float = 0.2, hysteresis: float = 0.05) -> Cluster:
+def updated_speeds(
+    cluster: Cluster, seconds: Sequence[float], weight: float = 0.2, hysteresis: float = 0.05
+) -> Cluster:
     """Cluster whose rank speeds follow measured compute times of equal work (stragglers).
 
     Args:

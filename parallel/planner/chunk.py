@@ -1,4 +1,6 @@
-"""Sort and cut: runs of like documents become micro-batches, each planned by dual approximation (bisection on its makespan)."""
+"""Sort and cut: runs of like documents become micro-batches, each planned by dual approximation (bisection on its
+makespan).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def cut(lengths: list[int], runs: int) -> list[tuple[int, int]]:
     best = [(0, len(lengths))]
     while low <= high:
         middle = (low + high) // 2
-        bounds, start = [], 0
+        bounds: list[tuple[int, int]] = []
+        start = 0
         while start < len(lengths) and len(bounds) <= runs:
             end = bisect_right(before, before[start] + middle) - 1
             bounds.append((start, end))

@@ -1,7 +1,8 @@
 """What a plan may use: ranks, their memory and speed, and the links between them.
 
-Groups are *buddy-aligned blocks*: `degree` is a power of two and the first rank is a multiple of it, so that a rank belongs to
-at most `log2(ranks) + 1` groups. Blocks of one degree that cost the same are one `Kind`; on an even cluster there is one kind a degree.
+Groups are *buddy-aligned blocks*: `degree` is a power of two and the first rank is a multiple of it, so that a rank
+belongs to at most `log2(ranks) + 1` groups. Blocks of one degree that cost the same are one `Kind`; on an even cluster
+there is one kind a degree.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Cluster:
         if self.ranks < 1:
             raise UserError(f"A cluster needs at least one rank, not {self.ranks}: set `ranks`.")
         if not self.memory or self.memory <= 0:
-            raise UserError(f"The cluster states no memory (memory={self.memory}): set `memory` to the bytes a rank may use.")
+            raise UserError(
+                f"The cluster states no memory (memory={self.memory}): set `memory` to the bytes a rank may use."
+            )
         if not self.links or self.links[-1].span < self.ranks:
             raise UserError(
                 f"The links join at most {self.links[-1].span if self.links else 0} of {self.ranks} ranks: "
@@ -67,7 +70,9 @@ class Cluster:
             if values and len(values) != self.ranks:
                 raise UserError(f"`{name}` has {len(values)} values for {self.ranks} ranks: give one a rank, or none.")
             if any(round(value * SPEED_STEPS) < 1 for value in values):
-                raise UserError(f"`{name}` has a value of {min(values)}: leave a rank that does no work out of the cluster.")
+                raise UserError(
+                    f"`{name}` has a value of {min(values)}: leave a rank that does no work out of the cluster."
+                )
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -112,7 +117,9 @@ class Cluster:
         known = {"ranks", "memory", "links", "all_to_all", "speeds", "link_speeds"}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"The cluster file has an unknown key {unknown[0]!r}: the keys are {', '.join(sorted(known))}.")
+            raise UserError(
+                f"The cluster file has an unknown key {unknown[0]!r}: the keys are {', '.join(sorted(known))}."
+            )
         for name, remedy in (
             ("ranks", "the number of ranks"),
             ("memory", "the bytes a rank may use"),
@@ -121,7 +128,8 @@ class Cluster:
             if values.get(name) is None:
                 raise UserError(f"The cluster file states no {name}: add `{name}`, {remedy}.")
         links = tuple(
-            Link(int(link["span"]), float(link["bandwidth"]), float(link.get("latency", 0.0))) for link in values["links"]
+            Link(int(link["span"]), float(link["bandwidth"]), float(link.get("latency", 0.0)))
+            for link in values["links"]
         )
         return cls(
             int(values["ranks"]),
@@ -169,8 +177,8 @@ class Kind:
 def kinds_of(cluster: Cluster, max_degree: int | None = None) -> tuple[Kind, ...]:
     """All kinds of block, by rising degree, then rising power (slow blocks are tried first).
 
-    A block whose ranks differ in speed is offered three times: tokens shared by speed (fastest, but the fast ranks' memory binds),
-    equally (most memory), and half-way.
+    A block whose ranks differ in speed is offered three times: tokens shared by speed (fastest, but the fast ranks'
+    memory binds), equally (most memory), and half-way.
     """
     kinds: list[Kind] = []
     for degree in cluster.degrees:

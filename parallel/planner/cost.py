@@ -1,8 +1,10 @@
 """Predicted time and memory of a group: a sum over layers of a term by kind and engine.
 
-Legend: `s` tokens of a document, `S` tokens of a group, `d` degree, `v` bandwidth, `L` latency, `Z` bytes of a layer's state.
+Legend: `s` tokens of a document, `S` tokens of a group, `d` degree, `v` bandwidth, `L` latency, `Z` bytes of a layer's
+state.
 
-    time(group) = bias + (1/d) sum_layers sum_documents (quadratic * pairs(s) + linear * s) + communication(S, d) + exchange(d)
+    time(group) = bias + (1/d) sum_layers sum_documents (quadratic * pairs(s) + linear * s) + communication(S, d) +
+    exchange(d)
 
 `bias` is paid once a micro-batch. All planning is done in integer microseconds, so that no sum depends on its order.
 """
@@ -10,7 +12,7 @@ Legend: `s` tokens of a document, `S` tokens of a group, `d` degree, `v` bandwid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -65,7 +67,9 @@ class LayerCost:
     def compute(self, lengths: np.ndarray) -> np.ndarray:
         """Seconds of each document on one rank of speed 1. [documents] -> [documents]"""
         s = lengths.astype(np.float64)
-        pairs = s * s if self.window is None else np.where(s <= self.window, s * s, self.window * (2.0 * s - self.window))
+        pairs = (
+            s * s if self.window is None else np.where(s <= self.window, s * s, self.window * (2.0 * s - self.window))
+        )
         return self.layers * (self.quadratic * pairs + self.linear * s)
 
     def per_token(self, cluster: Cluster, degree: int, link_speed: float) -> float:
@@ -105,7 +109,8 @@ class CostModel:
         bias: seconds a micro-batch costs whatever is in it.
         bytes_per_token: activation bytes a token keeps on its rank.
         fixed_bytes: bytes a rank holds whatever it computes (model states, recurrent states kept).
-        objective: `sum` (a group passes through its layers freely) or `split` (a barrier over all groups between kinds of layer).
+        objective: `sum` (a group passes through its layers freely) or `split` (a barrier over all groups between kinds
+            of layer).
     """
 
     layers: tuple[LayerCost, ...]
@@ -143,8 +148,8 @@ class CostModel:
         tokens = int((cluster.memory - self.fixed_bytes) // self.bytes_per_token)
         if tokens < 1:
             raise UserError(
-                f"A rank has {cluster.memory:.3g} bytes and the model states take {self.fixed_bytes:.3g}, which leaves no room for "
-                "a token: shard the model states over more ranks or use ranks with more memory."
+                f"A rank has {cluster.memory:.3g} bytes and the model states take {self.fixed_bytes:.3g}, which leaves no "
+                "room for a token: shard the model states over more ranks or use ranks with more memory."
             )
         return tokens
 
@@ -152,7 +157,9 @@ class CostModel:
         """Bytes on a rank that holds `tokens`."""
         return self.fixed_bytes + tokens * self.bytes_per_token
 
-    def document_time(self, lengths: np.ndarray, cluster: Cluster, kind: Kind, layers: tuple[LayerCost, ...]) -> np.ndarray:
+    def document_time(
+        self, lengths: np.ndarray, cluster: Cluster, kind: Kind, layers: tuple[LayerCost, ...]
+    ) -> np.ndarray:
         """Integer microseconds each document adds to a group of this kind. [documents] -> [documents]"""
         seconds = np.zeros(len(lengths), np.float64)
         for layer in layers:
@@ -172,18 +179,28 @@ PUBLISHED = {
     "30B": (15.43e-9, 0.8036e-3, 2.789, 3.42e6),
 }
 PUBLISHED_ALL_TO_ALL = {
-    **{2: 119.5e9, 4: 104.1e9, 8: 96.5e9, 16: 10.3e9, 32: 5.9e9, 64: 4.9e9},
-    **{128: 4.5e9, 256: 4.3e9, 512: 4.2e9, 1024: 4.1e9},  # extrapolated
+    2: 119.5e9,
+    4: 104.1e9,
+    8: 96.5e9,
+    16: 10.3e9,
+    32: 5.9e9,
+    64: 4.9e9,
+    128: 4.5e9,  # from here on extrapolated
+    256: 4.3e9,
+    512: 4.2e9,
+    1024: 4.1e9,
 }
 PUBLISHED_TRAFFIC = 2.0e6  # bytes a token exchanges in all layers and passes (7B), from the reported shares of time
 LAYERS = 32
 
 
-def published(model: str = "7B", softmax: float = 1.0, engine: str = "scan", objective: str = "sum", tokens: int = 6400) -> CostModel:
+def published(
+    model: str = "7B", softmax: float = 1.0, engine: str = "scan", objective: str = "sum", tokens: int = 6400
+) -> CostModel:
     """Cost model with published constants; `softmax` is the share of softmax layers, the rest are linear with `engine`.
 
-    A linear layer costs 8 % more a token than the linear part of a softmax layer, and its state has 2 MB. `fixed_bytes` is
-    chosen such that a rank with 30 GB holds `tokens` tokens.
+    A linear layer costs 8 % more a token than the linear part of a softmax layer, and its state has 2 MB. `fixed_bytes`
+    is chosen such that a rank with 30 GB holds `tokens` tokens.
     """
     if model not in PUBLISHED:
         raise UserError(f"No published constants for {model!r}: use one of {', '.join(PUBLISHED)}.")
@@ -206,8 +223,3 @@ def published(model: str = "7B", softmax: float = 1.0, engine: str = "scan", obj
     )
     layers = tuple(layer for layer in (attention, recurrent) if layer.layers)
     return CostModel(layers, bias, bytes_per_token, 30e9 - tokens * bytes_per_token, objective)
-
-
-def with_objective(model: CostModel, objective: str) -> CostModel:
-    """The same model under the other objective."""
-    return replace(model, objective=objective)

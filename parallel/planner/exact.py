@@ -1,8 +1,9 @@
 """The best plan of a step of a few documents, by dynamic programming over subsets (even clusters, summed objective).
 
-For every candidate makespan `c` at once: `ranks(S, c)` is the fewest ranks on which the subset `S` runs in one micro-batch within `c`,
-the least over the groups `B` that hold the first document of `S` of `degree(B, c) + ranks(S - B, c)`. The shortest `c` with
-`ranks(S, c) <= ranks of the cluster` is the makespan of `S`; a second program over subsets forms the micro-batches.
+For every candidate makespan `c` at once: `ranks(S, c)` is the fewest ranks on which the subset `S` runs in one micro-
+batch within `c`, the least over the groups `B` that hold the first document of `S` of `degree(B, c) + ranks(S - B, c)`.
+The shortest `c` with `ranks(S, c) <= ranks of the cluster` is the makespan of `S`; a second program over subsets forms
+the micro-batches.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ def exact(problem: Problem, work: Work) -> list[Shelf]:
 
 
 def _groups(
-    problem: Problem, batch: int, height: int, degree: np.ndarray, ranks: np.ndarray, time: np.ndarray, heights: np.ndarray
+    problem: Problem,
+    batch: int,
+    height: int,
+    degree: np.ndarray,
+    ranks: np.ndarray,
+    time: np.ndarray,
+    heights: np.ndarray,
 ) -> Shelf:
     """Groups of a micro-batch, traced back through the program."""
     shelf: Shelf = []

@@ -1,7 +1,7 @@
 """Fill one micro-batch: place documents, longest first, into groups none of which takes longer than a given time.
 
-This is the inner loop of every candidate: a guess of the height, then first-fit by falling length into the smallest feasible degree
-(dual approximation).
+This is the inner loop of every candidate: a guess of the height, then first-fit by falling length into the smallest
+feasible degree (dual approximation).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from longhaul.parallel.planner.problem import Group, Pool, Problem, Shelf, Work
 
 LOOSE = 1 << 20  # a ratio that forbids nothing
+TIGHT = 1.6
 
 
 class Filled:
@@ -21,12 +22,16 @@ class Filled:
         left: documents that found no place.
         free: ranks that belong to no group: a number, or the ranks where blocks differ.
         time: longest group.
+        loose: a document joined a group at more than `TIGHT` times its least area.
     """
 
-    __slots__ = ("free", "groups", "left", "singles", "time")
+    __slots__ = ("free", "groups", "left", "loose", "singles", "time")
 
-    def __init__(self, groups: Shelf, left: list[int], free: int, singles: list[int] | None, time: int) -> None:
+    def __init__(
+        self, groups: Shelf, left: list[int], free: int, singles: list[int] | None, time: int, loose: bool = False
+    ) -> None:
         self.groups, self.left, self.free, self.singles, self.time = groups, left, free, singles, time
+        self.loose = loose
 
 
 def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ratio: float = LOOSE) -> Filled:
@@ -52,6 +57,7 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
     last = documents[-1]
     shortest, fewest = times[last], lengths[last]
     latest = num_open = tried = 0
+    loose = False
     first_kind = count - 1 if pool is None else 0
     for position, i in enumerate(documents):
         tried += 1
@@ -75,6 +81,7 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
                     if fullest < group[0] <= room and group[1] <= space:
                         best, fullest = group, group[0]
             if best is not None:
+                loose = loose or extra * powers[kind] > TIGHT * areas[i]
                 best[0] += extra
                 best[1] += tokens
                 best[3].append(i)
@@ -107,10 +114,10 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
     work.done += tried * (1 + count // 16)
     for groups in opened:
         closed += groups
-    return Filled(closed, left, free, pool.singles() if pool else None, latest)
+    return Filled(closed, left, free, pool.singles() if pool else None, latest, loose)
 
 
-def lowest(problem: Problem, documents: Sequence[int], work: Work, upper: int, steps: int = 7) -> Filled | None:
+def lowest(problem: Problem, documents: Sequence[int], work: Work, upper: int, steps: int = 5) -> Filled | None:
     """Bisect the height for the shortest micro-batch that holds all documents; None if `upper` is too low."""
     lower = max(max(problem.least[i] for i in documents), sum(problem.area[i] for i in documents) // problem.power)
     best = None

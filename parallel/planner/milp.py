@@ -1,4 +1,5 @@
-"""The published formulation as a mixed-integer program on HiGHS: an oracle for small steps, and an offline reference for large ones.
+"""The published formulation as a mixed-integer program on HiGHS: an oracle for small steps, and an offline reference
+for large ones.
 
 Legend: `q` buckets of like documents, `m` micro-batches, `p` slots (virtual groups) of a micro-batch.
 
@@ -84,7 +85,9 @@ def bucket_cuts(lengths: Sequence[int], buckets: int) -> list[int]:
 class Program:
     """The mixed-integer program of some documents and a number of micro-batches."""
 
-    def __init__(self, problem: Problem, documents: Sequence[int], micro_batches: int, buckets: int, least_degree: int) -> None:
+    def __init__(
+        self, problem: Problem, documents: Sequence[int], micro_batches: int, buckets: int, least_degree: int
+    ) -> None:
         self.problem, self.documents, self.M = problem, list(documents), micro_batches
         cuts = bucket_cuts([problem.length[i] for i in documents], buckets)
         self.members = [self.documents[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
@@ -127,13 +130,17 @@ class Program:
             rows.close(np.zeros(M))
         else:  # blocks are named, so every rank is in at most one of them
             for rank in range(problem.cluster.ranks):
-                covers = [p for p, (kind, first) in enumerate(self.slots) if first <= rank < first + problem.degree[kind]]
+                covers = [
+                    p for p, (kind, first) in enumerate(self.slots) if first <= rank < first + problem.degree[kind]
+                ]
                 rows.add(np.repeat(np.arange(M), len(covers)), self.use[:, covers], 1.0)
                 rows.add(np.arange(M), self.z, -1.0)
                 rows.close(np.zeros(M))
         rows.add(np.repeat(np.arange(Q), M * P), self.a, -1.0)
         rows.close(-counts)
-        alike = [p for p in range(P - 1) if problem.even and kinds[p] == kinds[p + 1]]  # any of them would do: use them in order
+        alike = [
+            p for p in range(P - 1) if problem.even and kinds[p] == kinds[p + 1]
+        ]  # any of them would do: use them in order
         if alike:
             order = np.arange(M * len(alike)).reshape(M, len(alike))
             rows.add(order, self.use[:, [p + 1 for p in alike]], 1.0)
@@ -169,7 +176,9 @@ class Program:
                 if number >= len(slots):
                     return None
                 taken[group[2]] = number + 1
-                time = self.problem.start[group[2]] + sum(self.problem.time[heads[bucket[i]]][group[2]] for i in group[3])
+                time = self.problem.start[group[2]] + sum(
+                    self.problem.time[heads[bucket[i]]][group[2]] for i in group[3]
+                )
                 longest = max(longest, time)
                 entries.append((slots[number], group[3]))
             filled.append((longest, entries))
@@ -228,7 +237,9 @@ def milp(
     name = solver or solver_name()
     if importlib.util.find_spec(name) is None:
         raise UserError(f"The solver {name} {MISSING}")
-    program = Program(problem, range(len(problem.length)) if documents is None else documents, micro_batches, buckets, least_degree)
+    program = Program(
+        problem, range(len(problem.length)) if documents is None else documents, micro_batches, buckets, least_degree
+    )
     values, bound, optimal = (_highspy if name == "highspy" else _scipy)(program, nodes, warm)
     bound = int(bound * TICK + 0.5) if np.isfinite(bound) else 0
     if values is None:
@@ -245,7 +256,9 @@ def _scipy(program: Program, nodes: int, warm: Sequence[Shelf] | None) -> tuple[
         program.cost,
         integrality=program.integer,
         bounds=Bounds(np.zeros(program.columns), program.upper),
-        constraints=LinearConstraint(program.rows.matrix(program.columns), -np.inf, np.concatenate(program.rows.limits)),
+        constraints=LinearConstraint(
+            program.rows.matrix(program.columns), -np.inf, np.concatenate(program.rows.limits)
+        ),
         options={"node_limit": nodes, "mip_rel_gap": 1e-7},
     )
     bound = found.mip_dual_bound
@@ -265,7 +278,13 @@ def _highspy(program: Program, nodes: int, warm: Sequence[Shelf] | None) -> tupl
     kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
     model.integrality_ = [kinds[int(integer)] for integer in program.integer]
     engine = highspy.Highs()
-    for option, value in (("output_flag", False), ("threads", 1), ("mip_max_nodes", nodes), ("mip_rel_gap", 1e-7), ("random_seed", 0)):
+    for option, value in (
+        ("output_flag", False),
+        ("threads", 1),
+        ("mip_max_nodes", nodes),
+        ("mip_rel_gap", 1e-7),
+        ("random_seed", 0),
+    ):
         engine.setOptionValue(option, value)
     engine.passModel(model)
     values = program.start_from(warm) if warm else None
@@ -280,11 +299,13 @@ def _highspy(program: Program, nodes: int, warm: Sequence[Shelf] | None) -> tupl
     return found, float(info.mip_dual_bound), engine.getModelStatus() == highspy.HighsModelStatus.kOptimal
 
 
-def aggregated_bound(problem: Problem, documents: Sequence[int], buckets: int = 16, nodes: int = 200, steps: int = 9) -> int:
+def aggregated_bound(
+    problem: Problem, documents: Sequence[int], buckets: int = 16, nodes: int = 200, steps: int = 9
+) -> int:
     """No group plan of these documents *in one micro-batch* is shorter (microseconds, without the bias).
 
-    Counts documents by bucket and degree and groups by degree, with documents rounded down, and bisects the makespan: a makespan for which
-    the integer program needs more ranks than there are is impossible.
+    Counts documents by bucket and degree and groups by degree, with documents rounded down, and bisects the makespan: a
+    makespan for which the integer program needs more ranks than there are is impossible.
     """
     solver_name()
     from scipy.optimize import Bounds, LinearConstraint
@@ -313,7 +334,9 @@ def aggregated_bound(problem: Problem, documents: Sequence[int], buckets: int = 
         rows.close(np.zeros(K))
         rows.add(np.broadcast_to(np.arange(Q)[:, None], (Q, K)), x, -1.0)
         rows.close(-counts)
-        upper = np.concatenate([[len(kind.firsts) for kind in problem.kinds], np.where(table <= height, counts[:, None], 0.0).ravel()])
+        upper = np.concatenate(
+            [[len(kind.firsts) for kind in problem.kinds], np.where(table <= height, counts[:, None], 0.0).ravel()]
+        )
         cost = np.concatenate([degree, np.zeros(Q * K)])
         found = solve(
             cost,

@@ -1,6 +1,7 @@
 """`plan`: the best of all candidates, checked, with its time, memory and a lower bound.
 
-Every candidate is a pure function of integers, so the same lengths, cluster and cost model give the same plan on every rank.
+Every candidate is a pure function of integers, so the same lengths, cluster and cost model give the same plan on every
+rank.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Plan:
         objective: `sum` or `split`.
         work: placements spent.
         idle: share of rank-seconds (biases left out) that ranks wait for a longer group or have none.
-        pod_ranks: ranks of a pod, 0 if the cluster was planned as one. Pods do not wait for each other: micro-batch `m` holds the
-            groups of every pod's `m`-th micro-batch, and the step takes as long as the slowest pod.
+        pod_ranks: ranks of a pod, 0 if the cluster was planned as one. Pods do not wait for each other: micro-batch `m`
+            holds the groups of every pod's `m`-th micro-batch, and the step takes as long as the slowest pod.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -94,7 +95,8 @@ class Plan:
 
 
 def realise(problem: Problem, search: Search, state: State, work: Work) -> list[Shelf]:
-    """Whole plan of a searched state: pour the light documents, give what is left shelves of its own or squeeze it in."""
+    """Whole plan of a searched state: pour the light documents, give what is left shelves of its own or squeeze it in.
+    """
     shelves, left = pour(problem, search.skeleton(state), search.light, search.rate, work)
     if not left:
         return shelves
@@ -115,7 +117,9 @@ def realise(problem: Problem, search: Search, state: State, work: Work) -> list[
 
 
 def polished(problem: Problem, shelves: list[Shelf], work: Work) -> list[Shelf]:
-    """The plan after local search, or as it was if barriers between layers make that longer (the search minds their sum only)."""
+    """The plan after local search, or as it was if barriers between layers make that longer (the search minds their sum
+    only).
+    """
     if not problem.parts:
         polish(problem, shelves, work)
         return shelves
@@ -140,14 +144,14 @@ def candidates(problem: Problem, work: Work, longest: int, small: bool = True) -
         return {"exact": exact(problem, work)}
     documents = list(range(len(problem.length)))
     search = Search(problem, documents, work)
-    states = search.run(width=3, keep=2)
+    states = search.run()
     options = []
     for state in states:
         shelves = realise(problem, search, state, work)
         options.append(shelves)
     options.sort(key=problem.total)
     if options:
-        found["shelf"] = min((polished(problem, shelves, work) for shelves in options[:2]), key=problem.total)
+        found["shelf"] = min((polished(problem, shelves, work) for shelves in options), key=problem.total)
     shelves_or_none = chunked(problem, work, below=best())
     if shelves_or_none:
         found["chunk"] = polished(problem, shelves_or_none, work)
@@ -182,7 +186,9 @@ def finish(problem: Problem, shelves: list[Shelf]) -> tuple[MicroBatch, ...]:
         for time, tokens, kind, members, first in sorted(shelf, key=lambda group: group[4]):
             entry = problem.kinds[kind]
             documents = tuple(problem.order[i] for i in members)
-            groups.append(GroupPlan(range(first, first + entry.degree), documents, entry.cuts(tokens), time * MICROSECOND))
+            groups.append(
+                GroupPlan(range(first, first + entry.degree), documents, entry.cuts(tokens), time * MICROSECOND)
+            )
         batches.append(MicroBatch(tuple(groups), (problem.bias + problem.shelf_time(shelf)) * MICROSECOND))
     return tuple(batches)
 
@@ -210,7 +216,9 @@ def _busy(batches: tuple[MicroBatch, ...]) -> float:
 
 
 def _most_tokens(batches: tuple[MicroBatch, ...]) -> int:
-    return max(b - a for batch in batches for group in batch.groups for a, b in zip(group.cuts, group.cuts[1:], strict=False))
+    return max(
+        b - a for batch in batches for group in batch.groups for a, b in zip(group.cuts, group.cuts[1:], strict=False)
+    )
 
 
 def in_pods(problem: Problem, size: int, work: Work) -> Plan:
@@ -242,7 +250,8 @@ def in_pods(problem: Problem, size: int, work: Work) -> Plan:
                 rows.append([])
             rows[number].append(MicroBatch(groups, batch.time))
     batches = tuple(
-        MicroBatch(tuple(group for batch in row for group in batch.groups), max(batch.time for batch in row)) for row in rows
+        MicroBatch(tuple(group for batch in row for group in batch.groups), max(batch.time for batch in row))
+        for row in rows
     )
     bound = pods_bound(problem, blocks) * MICROSECOND
     time = max(times)

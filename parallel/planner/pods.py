@@ -1,6 +1,7 @@
 """Large clusters: divide the ranks into pods, deal the documents out, and let every pod plan itself.
 
-Valid where no barrier joins the pods within a step (HSDP: sharded inside a pod, replicated across); the step takes as long as its slowest pod.
+Valid where no barrier joins the pods within a step (HSDP: sharded inside a pod, replicated across); the step takes as
+long as its slowest pod.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def _capacity(problem: Problem, block: range) -> int:
 
 
 def deal(problem: Problem, blocks: list[range]) -> list[list[int]]:
-    """Documents (positions) of each pod: longest first to the least loaded pod, where a load is least time plus a share of the biases."""
+    """Documents (positions) of each pod: longest first to the least loaded pod, where a load is least time plus a share
+    of the biases.
+    """
     speeds = [sum(problem.cluster.speed(rank) for rank in block) for block in blocks]
     rooms = [len(block) * problem.tokens for block in blocks]
     heap = [(0.0, pod) for pod in range(len(blocks))]

@@ -1,4 +1,5 @@
-"""Local search on a plan: shorten micro-batches by regrouping, and by moving documents of the longest group elsewhere."""
+"""Local search on a plan: shorten micro-batches by regrouping, and by moving documents of the longest group elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from longhaul.parallel.planner.problem import Group, Problem, Shelf, Work
 
 
 def regroup(problem: Problem, shelves: list[Shelf], work: Work) -> bool:
-    """Plan each micro-batch's documents again, one by one, keeping what is shorter. Returns whether anything changed."""
+    """Plan each micro-batch's documents again, one by one, keeping what is shorter. Returns whether anything changed.
+    """
     changed = False
     for number, shelf in enumerate(shelves):
         if work.spent:
@@ -73,7 +75,7 @@ def shift(problem: Problem, shelves: list[Shelf], work: Work) -> bool:
     return changed
 
 
-def polish(problem: Problem, shelves: list[Shelf], work: Work, rounds: int = 3) -> None:
+def polish(problem: Problem, shelves: list[Shelf], work: Work, rounds: int = 2) -> None:
     """Alternate both moves until neither helps or the work is spent; works in place and never lengthens the plan."""
     for _ in range(rounds):
         shifted = shift(problem, shelves, work)

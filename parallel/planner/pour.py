@@ -89,8 +89,11 @@ def squeeze(problem: Problem, shelves: list[Shelf], documents: Sequence[int], wo
     return left
 
 
-def level(problem: Problem, documents: Sequence[int], shelves: int, kinds: Sequence[tuple[int, int]], work: Work) -> list[Shelf] | None:
-    """Longest processing time first over `shelves` micro-batches of the same groups, memory-capped; None if it does not fit.
+def level(
+    problem: Problem, documents: Sequence[int], shelves: int, kinds: Sequence[tuple[int, int]], work: Work
+) -> list[Shelf] | None:
+    """Longest processing time first over `shelves` micro-batches of the same groups, memory-capped; None if it does not
+    fit.
 
     Args:
         problem: the step's problem.
@@ -120,10 +123,13 @@ def level(problem: Problem, documents: Sequence[int], shelves: int, kinds: Seque
         for item in full:
             heapq.heappush(heap, item)
         work.done += len(full) // 4
-    # Groups of like time side by side: the sum over micro-batches of the longest is least. A block holds one group a micro-batch.
+    # Groups of like time side by side: the sum over micro-batches of the longest is least. A block holds one group a
+    # micro-batch.
     by_block: dict[tuple[int, int], list[Group]] = {}
     for number, group in enumerate(groups):
-        by_block.setdefault(kinds[number % len(kinds)] if not problem.even else (group[2], number % len(kinds)), []).append(group)
+        by_block.setdefault(
+            kinds[number % len(kinds)] if not problem.even else (group[2], number % len(kinds)), []
+        ).append(group)
     if problem.even:
         ranked = sorted(groups, key=lambda group: (-group[0], group[3][:1]))
         rows = [ranked[row * len(kinds) : (row + 1) * len(kinds)] for row in range(shelves)]

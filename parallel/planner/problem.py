@@ -1,7 +1,8 @@
 """The planning problem in integers: documents by falling length, kinds of block, and what each document costs on each.
 
-Legend: `n` documents, `K` kinds. Times are integer microseconds; a *group* is the list `[time, tokens, kind, documents, first]`,
-where documents are positions in the sorted order and `first` is the first rank of the block, or -1 while any block will do.
+Legend: `n` documents, `K` kinds. Times are integer microseconds; a *group* is the list `[time, tokens, kind, documents,
+first]`, where documents are positions in the sorted order and `first` is the first rank of the block, or -1 while any
+block will do.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Problem:
         self.cluster, self.model = cluster, model
         values = np.asarray(list(lengths), dtype=np.int64)
         if values.size == 0 or values.min() < 1:
-            raise UserError("A step needs at least one document, and every document at least one token: drop empty documents.")
+            raise UserError(
+                "A step needs at least one document, and every document at least one token: drop empty documents."
+            )
         self.order: list[int] = np.argsort(-values, kind="stable").tolist()
         sorted_lengths = values[self.order]
         self.length: list[int] = sorted_lengths.tolist()
@@ -59,8 +62,9 @@ class Problem:
         self.capacity = [kind.capacity(tokens) for kind in self.kinds]
         if self.length[0] > max(self.capacity):
             raise UserError(
-                f"A document of {self.length[0]} tokens does not fit the {max(self.capacity)} tokens that the largest group of "
-                f"{max(self.degree)} ranks holds: set `train.stream_tokens` to stream it in chunks, or add ranks or memory."
+                f"A document of {self.length[0]} tokens does not fit the {max(self.capacity)} tokens that the largest "
+                f"group of {max(self.degree)} ranks holds: set `train.stream_tokens` to stream it in chunks, or add ranks "
+                "or memory."
             )
         fits = sorted_lengths[:, None] <= np.asarray(self.capacity, np.int64)  # [n, K]
         starts = [[model.group_time(cluster, kind, layers) for kind in self.kinds] for layers in model.parts]
@@ -68,10 +72,13 @@ class Problem:
             np.stack([model.document_time(sorted_lengths, cluster, kind, layers) for kind in self.kinds], axis=1)
             for layers in model.parts
         ]
-        # The layers between barriers add up to the whole exactly, so that a bound on their sum bounds the split objective too.
+        # The layers between barriers add up to the whole exactly, so that a bound on their sum bounds the split
+        # objective too.
         self.start = [sum(column) for column in zip(*starts, strict=True)]
         self.table = np.where(fits, sum(tables), NEVER)  # [n, K]
-        self.parts = [(start, table.tolist()) for start, table in zip(starts, tables, strict=True)] if len(tables) > 1 else []
+        self.parts = (
+            [(start, table.tolist()) for start, table in zip(starts, tables, strict=True)] if len(tables) > 1 else []
+        )
         self.time: list[list[int]] = self.table.tolist()
         self.powers = [kind.power for kind in self.kinds]
         self.power = sum(cluster.speed(rank) for rank in range(cluster.ranks))
@@ -93,7 +100,8 @@ class Problem:
         if not self.parts:
             return max(group[0] for group in shelf)
         return sum(
-            max(start[group[2]] + sum(time[i][group[2]] for i in group[3]) for group in shelf) for start, time in self.parts
+            max(start[group[2]] + sum(time[i][group[2]] for i in group[3]) for group in shelf)
+            for start, time in self.parts
         )
 
     def total(self, shelves: Sequence[Shelf]) -> int:

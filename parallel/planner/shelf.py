@@ -1,9 +1,10 @@
 """The joint shelf planner: form micro-batches and groups together, longest documents first.
 
-A micro-batch is a shelf of a height (its makespan); planning a step is packing shelves. A beam of partial plans is extended one
-shelf at a time: the longest document left seeds the shelf, several heights are tried, each filled with the documents that fit.
-*Heavy* documents are placed one by one; *light* ones (they fit one rank, and there are hundreds) are a fluid during the search,
-poured into the shelves that won afterwards. A partial plan is worth its time plus a bound on the time of what is left.
+A micro-batch is a shelf of a height (its makespan); planning a step is packing shelves. A beam of partial plans is
+extended one shelf at a time: the longest document left seeds the shelf, several heights are tried, each filled with the
+documents that fit. *Heavy* documents are placed one by one; *light* ones (they fit one rank, and there are hundreds)
+are a fluid during the search, poured into the shelves that won afterwards. A partial plan is worth its time plus a
+bound on the time of what is left.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longhaul.parallel.planner.fill import LOOSE, Filled, fill
+from longhaul.parallel.planner.fill import TIGHT, Filled, fill
 from longhaul.parallel.planner.problem import Problem, Shelf, Work
 
-HEIGHTS = (1.0, 1.07, 1.14, 1.22, 1.32, 1.45, 1.7, 2.0)
-RATIOS = (LOOSE, 1.6)
+# Heights tried, times the least: beams over two grids find better plans than a wider beam over one.
+BEAMS = (
+    (3, (1.0, 1.07, 1.14, 1.22, 1.32, 1.45, 1.7, 2.0)),
+    (2, (1.0, 1.04, 1.1, 1.18, 1.27, 1.38, 1.55, 1.85, 2.3)),
+)
+ETA = 1.08  # what is left is taken to cost this many times its least area
 SEEDS = 3
 TALLEST = 4.0
 POURED = 0.97  # share of a fluid's room that whole documents fill
@@ -23,7 +28,7 @@ POURED = 0.97  # share of a fluid's room that whole documents fill
 
 @dataclass
 class State:
-    """A partial plan: time so far, heavy documents left, light tokens poured, area and tokens of what is left, and how it came."""
+    """A partial plan: time so far, heavy documents left, light tokens poured, area and tokens left, and how it came."""
 
     cost: int
     left: list[int]
@@ -89,31 +94,36 @@ class Search:
         shelves = -int(-rest // self.full)
         return state.cost + shelves * self.problem.bias + 1.02 * rest * self.light_rate, shelves
 
-    def run(self, width: int, eta: float = 1.08, keep: int = 1) -> list[State]:
-        """Search with a beam of `width`; returns up to `keep` complete states, best first, with `extra` shelves of light documents."""
+    def run(self, keep: int = 2) -> list[State]:
+        """Complete states of all beams, best first, with the number of `extra` shelves of light documents."""
+        found = [item for width, grid in BEAMS for item in self.beam(width, grid)]
+        return [state for _, state in sorted(found, key=lambda item: item[0])[:keep]]
+
+    def beam(self, width: int, grid: Sequence[float]) -> list[tuple[float, State]]:
+        """One beam: complete states with their times, heights on the given grid."""
         problem, work = self.problem, self.work
         bias, power = problem.bias, problem.power
         capacity = problem.cluster.ranks * problem.tokens
         heavy_area = sum(problem.area[i] for i in self.heavy)
         states = [State(0, self.heavy, 0.0, heavy_area, sum(problem.length[i] for i in self.heavy))]
-        complete: list[tuple[float, int, State]] = []
+        complete: list[tuple[float, State]] = []
         while states:
             found: dict[tuple[int, ...], tuple[float, int, State]] = {}
             for state in states:
                 if not state.left:
                     time, state.extra = self.finish(state)
-                    complete.append((time, len(complete), state))
+                    complete.append((time, state))
                     continue
                 if complete and work.spent:
                     continue
-                for filled, height in self.shelves(state):
+                for filled, height in self.shelves(state, grid):
                     placed_area = sum(problem.area[i] for group in filled.groups for i in group[3])
                     placed_tokens = sum(group[1] for group in filled.groups)
                     poured = min(float(self.light_tokens), state.poured + self.room(filled, height))
                     rest = self.light_tokens - poured
                     area, tokens = state.area - placed_area, state.tokens - placed_tokens
                     cost = state.cost + bias + height
-                    score = cost + eta * area / power + rest * self.light_rate
+                    score = cost + ETA * area / power + rest * self.light_rate
                     if tokens + rest > 0:
                         score += 0.99 * bias * max(1.0, (tokens + rest) / capacity)
                     key = tuple(filled.left)
@@ -124,10 +134,9 @@ class Search:
             if work.spent:
                 ranked = ranked[:1]
             states = [item[2] for item in ranked[:width]]
-        complete.sort(key=lambda item: item[:2])
-        return [state for _, _, state in complete[:keep]]
+        return complete
 
-    def shelves(self, state: State) -> list[tuple[Filled, int]]:
+    def shelves(self, state: State, grid: Sequence[float]) -> list[tuple[Filled, int]]:
         """Shelves that may follow a state."""
         problem = self.problem
         seed = state.left[0]
@@ -135,13 +144,14 @@ class Search:
         base = max(lowest, int(0.92 * self.natural))
         heights = {time + problem.start[k] for i in state.left[:SEEDS] for k, time in enumerate(problem.time[i])}
         heights = {height for height in heights if base <= height <= TALLEST * base}
-        heights.update(int(base * factor) for factor in HEIGHTS)
+        heights.update(int(base * factor) for factor in grid)
         if self.work.spent:  # go on greedily
             heights = set(sorted(heights)[::6])
         found: dict[tuple[int, int], tuple[Filled, int]] = {}
         for height in sorted(heights):
-            for ratio in RATIOS:
-                filled = fill(problem, state.left, height, self.work, ratio)
+            loose = fill(problem, state.left, height, self.work)
+            options = [loose, fill(problem, state.left, height, self.work, TIGHT)] if loose.loose else [loose]
+            for filled in options:
                 key = (filled.time, len(filled.left))
                 if key in found:
                     continue

@@ -11,27 +11,25 @@ TRIES = 6  # numbers of micro-batches tried above the least
 def smallest_degree(problem: Problem, longest: int) -> int:
     """Smallest degree whose blocks all hold a document of `longest` tokens."""
     for degree in sorted(set(problem.degree)):
-        if max(capacity for capacity, other in zip(problem.capacity, problem.degree, strict=True) if other == degree) >= longest:
+        if (
+            max(capacity for capacity, other in zip(problem.capacity, problem.degree, strict=True) if other == degree)
+            >= longest
+        ):
             return degree
     return max(problem.degree)
 
 
 def blocks(problem: Problem, degree: int) -> list[tuple[int, int]]:
-    """Kind and first rank of every block of a degree; tokens are shared by speed where that holds the longest document."""
+    """Kind and first rank of every block of a degree; tokens are shared by speed where that holds the longest document.
+    """
     if problem.even:
         kind = problem.degree.index(degree)
         return [(kind, -1)] * (problem.cluster.ranks // degree)
     found: dict[int, int] = {}
     for kind, entry in enumerate(problem.kinds):
-        if entry.degree == degree:
-            for first in entry.firsts:
-                if problem.capacity[kind] >= problem.length[0]:
-                    found[first] = kind  # later kinds of a block are faster: see below
-    order = {kind: entry.slowdown for kind, entry in enumerate(problem.kinds)}
-    for kind, entry in enumerate(problem.kinds):
         for first in entry.firsts:
-            better = entry.degree == degree and problem.capacity[kind] >= problem.length[0]
-            if better and order[kind] < order[found[first]]:
+            fits = entry.degree == degree and problem.capacity[kind] >= problem.length[0]
+            if fits and (first not in found or entry.slowdown < problem.kinds[found[first]].slowdown):
                 found[first] = kind
     return [(kind, first) for first, kind in sorted(found.items())]
 
@@ -44,7 +42,8 @@ def floor(problem: Problem, degree: int) -> int:
 
 
 def fixed(problem: Problem, degree: int, work: Work) -> list[Shelf] | None:
-    """Every group has this degree; longest documents first to the least loaded group, as few micro-batches as memory allows.
+    """Every group has this degree; longest documents first to the least loaded group, as few micro-batches as memory
+    allows.
 
     Returns None if a document does not fit a group of this degree.
     """

@@ -43,7 +43,6 @@ def test_bounds_below_optimum_below_candidates(seed):
     assert area_bound(problem) <= best <= least
     tight = configuration_bound(problem, least, classes=12, singles=3 + seed % 3, buckets=2)
     assert area_bound(problem) <= tight <= best
-    assert tight <= best <= 1.35 * tight or tight <= best  # validity is the claim; the ratio is reported, not asserted
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -32,7 +32,18 @@ def test_between_bound_and_static(name, cap):
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1], [6400], [6401], [1] * 40, [6400] * 130, [409_600], [409_600, 1], [204_800] * 3, [30_000] * 20, [3000] * 70 + [100_000]],
+    [
+        [1],
+        [6400],
+        [6401],
+        [1] * 40,
+        [6400] * 130,
+        [409_600],
+        [409_600, 1],
+        [204_800] * 3,
+        [30_000] * 20,
+        [3000] * 70 + [100_000],
+    ],
 )
 def test_awkward_lengths(lengths):
     cluster, model = cluster_of(), published()
@@ -116,7 +127,9 @@ def test_same_plan_in_another_process_and_no_torch():
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
         script = SCRIPT.replace("hash((", "repr((")
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
         outputs.add(done.stdout)
     assert len(outputs) == 1 and "MicroBatch" in outputs.pop()
 
