@@ -148,8 +148,8 @@ class CostModel:
         tokens = int((cluster.memory - self.fixed_bytes) // self.bytes_per_token)
         if tokens < 1:
             raise UserError(
-                f"A rank has {cluster.memory:.3g} bytes and the model states take {self.fixed_bytes:.3g}, which leaves no "
-                "room for a token: shard the model states over more ranks or use ranks with more memory."
+                f"A rank has {cluster.memory:.3g} bytes and the model states take {self.fixed_bytes:.3g}, which leaves "
+                "no room for a token: shard the model states over more ranks or use ranks with more memory."
             )
         return tokens
 

@@ -25,7 +25,10 @@ from longhaul.models.errors import UserError
 from longhaul.parallel.planner.bounds import Rows
 from longhaul.parallel.planner.problem import NEVER, Problem, Shelf
 
-MISSING = "is not installed: pip install 'longhaul[planner]', or use the planner's own `shelf` candidate, which needs no solver."
+MISSING = (
+    "is not installed: pip install 'longhaul[planner]', or use the planner's own `shelf` candidate, "
+    "which needs no solver."
+)
 TICK = 1000.0  # the program's unit of time is a millisecond, so that its coefficients stay close to 1
 
 

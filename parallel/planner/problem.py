@@ -63,8 +63,8 @@ class Problem:
         if self.length[0] > max(self.capacity):
             raise UserError(
                 f"A document of {self.length[0]} tokens does not fit the {max(self.capacity)} tokens that the largest "
-                f"group of {max(self.degree)} ranks holds: set `train.stream_tokens` to stream it in chunks, or add ranks "
-                "or memory."
+                f"group of {max(self.degree)} ranks holds: set `train.stream_tokens` to stream it in chunks, or add "
+                "ranks or memory."
             )
         fits = sorted_lengths[:, None] <= np.asarray(self.capacity, np.int64)  # [n, K]
         starts = [[model.group_time(cluster, kind, layers) for kind in self.kinds] for layers in model.parts]

@@ -112,6 +112,14 @@ def test_warm_start_and_solution_agree():
     assert problem.total(back) == problem.total(shelves)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("highspy") is None, reason="only highspy takes a warm start")
+def test_highspy_starts_from_a_plan():
+    problem = small(0, 5)
+    shelves = exact(problem, Work(1 << 60))
+    found = milp.milp(problem, micro_batches=len(shelves), buckets=99, nodes=1, warm=shelves, solver="highspy")
+    assert found.time == problem.total(shelves) and found.bound <= found.time
+
+
 def test_no_solver_is_a_clear_sentence(monkeypatch):
     monkeypatch.setattr(milp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"planner\].*shelf"):
