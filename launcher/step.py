@@ -80,6 +80,8 @@ class Stepper:
                     output = self.model(batch.tokens, batch.shard, self.state, labels=batch.labels, weights=batch.weights)
                 (output.loss_sum * scale).backward()
             loss += output.loss_sum.detach()
+            if output.aux_sum is not None:
+                loss -= output.aux_sum  # what is reported is the language model's loss alone
             if self.carry_state:
                 self.state = tree_map_only(torch.Tensor, torch.Tensor.detach, output.state)
         norm = self.model.clip_gradients(self.clip)

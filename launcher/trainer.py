@@ -83,6 +83,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
         model = LanguageModel(config.model).to(runtime.device)
         model.activation_checkpointing = config.train.activation_checkpointing
+        self.engine.check(*model.needs())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = model.flops_per_token(config.data.seq_length)
         undecayed = undecayed_names(model)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .norm import RMSNorm
 from .ops.attention import Mask, Piece, attention
 from .ops.rope import rope
 from .sequence import SequenceShard
@@ -70,7 +71,7 @@ class BidirectionalLinearAttention(BidirectionalMixer):
 
     def __init__(self, hidden_size: int, num_heads: int, initializer_range: float = 0.02) -> None:
         super().__init__(hidden_size, num_heads, initializer_range)
-        self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.norm = RMSNorm(self.head_dim, eps=1e-5)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -10,6 +10,7 @@ from .config import ModelConfig
 from .ffn import SwiGLU
 from .mixers.registry import MIXERS
 from .moe import MoE
+from .norm import RMSNorm
 from .sequence import SequenceShard
 
 
@@ -28,8 +29,8 @@ class Block(nn.Module):
         mixer = {"L": config.linear_mixer, "N": "attention", "M": "mamba2", "*": "attention", "-": None}[letter]
         self.mixer = None if mixer is None else MIXERS[mixer].build(config, layer)
         self.ffn = _feed_forward(config) if letter in "LN-" else None
-        self.mixer_norm = None if mixer is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.ffn_norm = None if self.ffn is None else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = None if mixer is None else RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_norm = None if self.ffn is None else RMSNorm(config.hidden_size, eps=config.norm_eps)
         for norm in (self.mixer_norm, self.ffn_norm):
             if norm is not None:
                 norm.weight.no_weight_decay = True  # type: ignore[attr-defined]

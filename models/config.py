@@ -63,7 +63,7 @@ class ModelConfig:
     attention, - FFN, each alone."""
 
     linear_mixer: str = "mamba2"
-    """What L stands for: linear_attention, lightning, retention or mamba2."""
+    """What L stands for: the name of a mixer, such as mamba2, gated_deltanet, gla or lightning."""
 
     num_heads: int = 4
     """Heads of linear and softmax attention (Mamba-2 derives its own from its head width)."""

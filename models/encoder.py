@@ -25,6 +25,7 @@ from .bidirectional import (
 from .errors import UserError
 from .ffn import SwiGLU
 from .lm import LanguageHead
+from .norm import RMSNorm
 from .ops import recompute
 from .sequence import SequenceShard
 
@@ -90,7 +91,7 @@ class EncoderBlock(nn.Module):
             MIXERS[config.mixer](config),
             SwiGLU(config.hidden_size, config.ffn_hidden_size, config.initializer_range),
         )
-        self.mixer_norm, self.ffn_norm = (nn.RMSNorm(config.hidden_size, eps=config.norm_eps) for _ in range(2))
+        self.mixer_norm, self.ffn_norm = (RMSNorm(config.hidden_size, eps=config.norm_eps) for _ in range(2))
 
     def reset_parameters(self) -> None:
         """Initialise as published."""
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
         self.head.register_parameter("weight", self.embedding.get_parameter("weight"))
         self.activation_checkpointing = "none"

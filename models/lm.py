@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .block import Block
 from .config import ModelConfig
+from .norm import RMSNorm
 from .ops import recompute
+from .ops.attention import Mask
 from .ops.cross_entropy import linear_cross_entropy
 from .sequence import SequenceShard
 
@@ -61,7 +63,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
@@ -125,6 +127,12 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, vocabulary]."""
         return self.head.logits(hidden)
+
+    def needs(self) -> tuple[bool, list[Mask]]:
+        """What a sequence-parallel engine must serve: whether states go along the sequence, and attention masks."""
+        mixers = [layer.mixer for layer in self.layers if layer.mixer is not None]
+        masks = [mixer.mask for mixer in mixers if hasattr(mixer, "mask")]
+        return len(masks) < len(mixers), masks  # type: ignore[return-value]
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward and backward FLOPs of one token of a document of `seq_length` tokens.

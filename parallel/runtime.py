@@ -12,6 +12,8 @@ from torch import Tensor
 
 from longhaul.models.errors import UserError
 
+from .comm import Comm, Ledger
+
 R = TypeVar("R")
 
 
@@ -58,6 +60,10 @@ class Runtime:
     def is_main(self) -> bool:
         """The process that speaks and writes."""
         return self.rank == 0
+
+    def comm(self, ledger: Ledger | None = None) -> Comm:
+        """Collectives over all processes."""
+        return Comm(dist.group.WORLD if self.world_size > 1 else None, ledger)
 
     def sum(self, values: list[float]) -> list[float]:
         """Numbers added over all processes, in float64."""

@@ -16,13 +16,12 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from longhaul.models.mixers.lightning import Lightning, LightningConfig
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import SequenceShard
-from longhaul.parallel.comm import Comm, Ledger, Wire
+from longhaul.parallel.comm import Ledger, Wire
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.runtime import Runtime
 
@@ -56,8 +55,8 @@ def _layers(count: int) -> list[Lightning]:
     return layers
 
 
-def _step(layers: Sequence[Lightning], shard: SequenceShard, x: torch.Tensor) -> float:
-    dist.barrier()
+def _step(runtime: Runtime, layers: Sequence[Lightning], shard: SequenceShard, x: torch.Tensor) -> float:
+    runtime.barrier()
     start = time.perf_counter()
     y = x
     for layer in layers:
@@ -69,30 +68,24 @@ def _step(layers: Sequence[Lightning], shard: SequenceShard, x: torch.Tensor) ->
 def measure(runtime: Runtime, exchange: str, length: int, layers: int, repeats: int, share: float) -> dict[str, Any]:
     """On one rank: local work, then paired steps without and with a delay of `share` of the shortest local work."""
     stopwatch = Stopwatch()
-    comm = Comm(dist.group.WORLD, stopwatch)
+    comm = runtime.comm(stopwatch)
     shard = SequenceParallel(comm, exchange=exchange).shard(Documents((0, length)))
     model = _layers(layers)
     x = torch.randn(shard.num_tokens, WIDTH, requires_grad=True)
     for _ in range(2):
         stopwatch.times.clear()
-        _step(model, shard, x)
+        _step(runtime, model, shard, x)
     local = min(stopwatch.local_work())
-    delay = share * -runtime_max(-local)
+    # Microseconds, since ranks agree on integers; the shortest work of any rank counts.
+    delay = share * 1e-6 * (1 << 30) - share * 1e-6 * runtime.maximum((1 << 30) - int(1e6 * local))
     pairs = []
     for repeat in range(repeats):
         seconds = {}
         for slow in (False, True) if repeat % 2 == 0 else (True, False):
             comm.wire = Wire(delay=delay) if slow else Wire()
-            seconds[slow] = _step(model, shard, x)
+            seconds[slow] = _step(runtime, model, shard, x)
         pairs.append((seconds[False], seconds[True]))
     return {"delay": delay, "local": local, "pairs": pairs, "exchanges": 2 * layers}
-
-
-def runtime_max(value: float) -> float:
-    """The largest of all ranks."""
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
+from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from longhaul.parallel.runtime import Runtime
 
@@ -25,7 +26,7 @@ def run_on_ranks(function: Callable[..., Result], world_size: int, threads: int,
     with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
         context = multiprocessing.get_context("spawn")
         answers = context.SimpleQueue()
-        multiprocessing.spawn(_rank, (function, world_size, threads, folder, answers, args), nprocs=world_size, join=True)
+        spawn(_rank, (function, world_size, threads, folder, answers, args), nprocs=world_size, join=True)
         results = dict(answers.get() for _ in range(world_size))
     return [results[rank] for rank in range(world_size)]
 

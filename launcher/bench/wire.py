@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from longhaul.models.errors import UserError
-from longhaul.parallel.comm import Comm
 from longhaul.parallel.runtime import Runtime
 
 from .ranks import run_on_ranks
@@ -37,7 +35,7 @@ def loopback_bytes() -> int:
 
 def measure(runtime: Runtime) -> dict[str, Any]:
     """Both counts of each collective, summed over ranks."""
-    comm, P = Comm(dist.group.WORLD), runtime.world_size
+    comm, P = runtime.comm(), runtime.world_size
     x = torch.randn(ELEMENTS)
     following, before = (comm.rank + 1) % P, (comm.rank - 1) % P
     kinds: dict[str, Callable[[], Any]] = {

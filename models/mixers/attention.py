@@ -69,12 +69,17 @@ class SoftmaxAttention(nn.Module):
         for linear in (self.qkv, self.out):
             nn.init.normal_(linear.weight, std=self.initializer_range)
 
+    @property
+    def mask(self) -> Mask:
+        """What a token may see; a mixer that has none carries a state along the sequence instead."""
+        return Mask(causal=True, window=self.config.window)
+
     def forward(self, x: Tensor, shard: SequenceShard, state: KVState | None = None) -> tuple[Tensor, KVState | None]:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim))  # [T, H + 2 Hkv, K]
         q, k, v = qkv.split(heads, dim=1)
         q, k = (rope(tensor, shard.positions, self.config.rope_base) for tensor in (q, k))
-        o, state = shard.attend(q, k, v, Mask(causal=True, window=self.config.window), state)
+        o, state = shard.attend(q, k, v, self.mask, state)
         return self.out(o.flatten(1)), state  # [T, H, K] -> [T, D]
 
     def flops_per_token(self, seq_length: int) -> int:

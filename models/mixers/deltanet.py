@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.convolution import causal_conv
 from ..ops.delta_rule import DeltaRule, delta_inputs
@@ -107,7 +108,7 @@ class DeltaRuleLayer(nn.Module):
         self.qkv = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.widths), config.conv_width))
         self.beta = nn.Linear(hidden_size, self.num_heads, bias=False)
-        self.norm = nn.RMSNorm(self.width_v, eps=norm_eps)
+        self.norm = RMSNorm(self.width_v, eps=norm_eps)
         self.out = nn.Linear(self.widths[2], hidden_size, bias=False)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
 

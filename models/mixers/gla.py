@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_decay import DiagonalDecay
 from ..sequence import SequenceShard
@@ -95,7 +96,7 @@ class GLA(nn.Module):
         self.decay_down = nn.Linear(hidden_size, config.gate_low_rank, bias=False)
         self.decay_up = nn.Linear(config.gate_low_rank, key)
         self.gate = nn.Linear(hidden_size, value, bias=False)
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps)
+        self.norm = RMSNorm(self.value_dim, eps=norm_eps)
         self.out = nn.Linear(value, hidden_size, bias=False)
         for parameter in (self.decay_up.bias, self.norm.weight):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_decay import DiagonalDecay
 from ..sequence import SequenceShard
@@ -96,7 +97,7 @@ class HGRN2(nn.Module):
         self.widths = key, key, hidden_size
         self.qfi = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.lower_bound = nn.Parameter(torch.empty(num_heads, self.key_dim)) if layer else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps)
+        self.norm = RMSNorm(self.value_dim, eps=norm_eps)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
         if self.lower_bound is not None:

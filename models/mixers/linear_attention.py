@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..norm import RMSNorm
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
 
@@ -77,7 +78,7 @@ class LinearAttention(nn.Module):
         self.phi = FEATURE_MAPS[config.feature_map]
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+        self.norm = RMSNorm(self.head_dim, eps=norm_eps)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
 

@@ -73,6 +73,8 @@ def _convolve(rows: Tensor, lead: int, taps: Tensor, bias: Tensor | None) -> Ten
     out = own * taps[0] if bias is None else torch.addcmul(bias, own, taps[0])
     for back in range(1, taps.shape[0]):
         missing = max(0, back - lead)  # only at the first tokens held here, which are edges
+        if missing >= out.shape[0]:
+            continue
         out[missing:].addcmul_(rows[lead + missing - back : rows.shape[0] - back], taps[back])
     return out
 
@@ -140,6 +142,8 @@ class _CausalConv(torch.autograd.Function):
             dtaps[0] += (dbefore * rows[lead:]).sum(dim=0)
             for back in range(1, width):
                 missing = max(0, back - lead)
+                if missing >= stop - start:
+                    continue  # all of them are edge tokens
                 reads = slice(start + missing - back, stop - back)
                 dx[reads].addcmul_(dbefore[missing:], taps[back])
                 dtaps[back] += (dbefore[missing:] * rows[lead + missing - back : rows.shape[0] - back]).sum(dim=0)
