@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+
 from longhaul.models.config import ModelConfig
 from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.ops.segments import Documents
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.layout import SequenceLayout
-
 from tests.harness.pool import run_ranks
 
 from .ranks import WIDTH, make_module, make_shard

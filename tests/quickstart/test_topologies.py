@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from longhaul.launcher.parsing import parse
 from longhaul.launcher.trainer import Trainer
 from longhaul.parallel.runtime import Runtime
-
 from tests.harness.numerics import assert_close
 from tests.harness.pool import run_ranks
 
