@@ -5,9 +5,10 @@ makespan).
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
-from longhaul.parallel.planner.fill import lowest
+from longhaul.parallel.planner.fill import Filled, lowest
 from longhaul.parallel.planner.problem import Problem, Shelf, Work
 
 
@@ -31,13 +32,32 @@ def cut(lengths: list[int], runs: int) -> list[tuple[int, int]]:
     return best
 
 
-def floor(problem: Problem, bounds: list[tuple[int, int]]) -> int:
-    """No plan of these chunks is faster."""
-    total = 0
-    for start, end in bounds:
-        area = sum(problem.area[start:end]) // problem.power
-        total += problem.bias + max(area, problem.least[start])
-    return total
+def floors(problem: Problem, bounds: list[tuple[int, int]]) -> list[int]:
+    """Least time of each chunk, bias included."""
+    areas = [sum(problem.area[start:end]) // problem.power for start, end in bounds]
+    return [problem.bias + max(area, problem.least[start]) for area, (start, _) in zip(areas, bounds, strict=True)]
+
+
+def dual(problem: Problem, documents: Sequence[int], work: Work) -> Filled | None:
+    """Shortest micro-batch that holds all documents; None if none was found.
+
+    A taller micro-batch is not always easier to fill: documents move to smaller groups, whose memory binds. So the
+    bisection starts from several heights, and again with groups of at least a degree, in which memory is shared.
+    """
+    floor = max(sum(problem.area[i] for i in documents) // problem.power, problem.least[documents[0]])
+    best = None
+    for least in sorted(set(problem.degree)):
+        for percent in (130, 180, 260, 400):
+            upper = floor * percent // 100
+            if best is not None and upper >= best.time:
+                upper = best.time - 1
+            filled = lowest(problem, documents, work, upper, least=least)
+            if filled is not None:
+                best = filled
+                break
+            if best is not None and upper == best.time - 1:
+                break
+    return best
 
 
 def chunked(problem: Problem, work: Work, tries: int = 5, below: int | None = None) -> list[Shelf] | None:
@@ -48,17 +68,17 @@ def chunked(problem: Problem, work: Work, tries: int = 5, below: int | None = No
             break
         bounds = cut(problem.length, runs)
         work.done += len(bounds)
-        if least is not None and floor(problem, bounds) >= least:
-            continue
-        shelves = []
-        for start, end in bounds:
-            documents = range(start, end)
-            upper = 4 * max(sum(problem.area[start:end]) // problem.power, problem.least[start])
-            filled = lowest(problem, documents, work, upper)
+        times = floors(problem, bounds)
+        shelves: list[Shelf] = []
+        for number, (start, end) in enumerate(bounds):
+            if least is not None and sum(times) >= least:
+                break
+            filled = dual(problem, range(start, end), work)
             if filled is None:
                 break
+            times[number] = problem.bias + filled.time
             shelves.append(filled.groups)
-        else:
+        if len(shelves) == len(bounds):
             total = problem.total(shelves)
             if least is None or total < least:
                 best, least = shelves, total

@@ -34,7 +34,9 @@ class Filled:
         self.loose = loose
 
 
-def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ratio: float = LOOSE) -> Filled:
+def fill(
+    problem: Problem, documents: Sequence[int], height: int, work: Work, ratio: float = LOOSE, least: int = 1
+) -> Filled:
     """Place as many documents as fit into one micro-batch of the given height.
 
     Args:
@@ -43,6 +45,7 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
         height: microseconds no group exceeds.
         work: counts the placements.
         ratio: a document joins a larger group than it needs only if that costs at most `ratio` times its least area.
+        least: smallest degree of a group.
     """
     times, lengths, areas = problem.time, problem.length, problem.area
     degrees, capacities, start, powers = problem.degree, problem.capacity, problem.start, problem.powers
@@ -58,12 +61,13 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
     shortest, fewest = times[last], lengths[last]
     latest = num_open = tried = 0
     loose = False
-    first_kind = count - 1 if pool is None else 0
+    lowest_kind = next(kind for kind in range(count) if degrees[kind] >= least)
+    first_kind = count - 1 if pool is None else lowest_kind
     for position, i in enumerate(documents):
         tried += 1
         time, tokens, limit = times[i], lengths[i], ratio * areas[i]
         if pool is None:
-            while first_kind > 0 and time[first_kind - 1] + start[first_kind - 1] <= height:
+            while first_kind > lowest_kind and time[first_kind - 1] + start[first_kind - 1] <= height:
                 first_kind -= 1
         needed, done = 0, False
         for kind in range(first_kind, count):
@@ -117,7 +121,9 @@ def fill(problem: Problem, documents: Sequence[int], height: int, work: Work, ra
     return Filled(closed, left, free, pool.singles() if pool else None, latest, loose)
 
 
-def lowest(problem: Problem, documents: Sequence[int], work: Work, upper: int, steps: int = 5) -> Filled | None:
+def lowest(
+    problem: Problem, documents: Sequence[int], work: Work, upper: int, steps: int = 5, least: int = 1
+) -> Filled | None:
     """Bisect the height for the shortest micro-batch that holds all documents; None if `upper` is too low."""
     lower = max(max(problem.least[i] for i in documents), sum(problem.area[i] for i in documents) // problem.power)
     best = None
@@ -125,7 +131,7 @@ def lowest(problem: Problem, documents: Sequence[int], work: Work, upper: int, s
     for _ in range(steps):
         if height < lower or upper - lower < upper >> 10:
             break
-        filled = fill(problem, documents, height, work)
+        filled = fill(problem, documents, height, work, least=least)
         if filled.left:
             lower = height + 1
         else:

@@ -95,8 +95,7 @@ class Plan:
 
 
 def realise(problem: Problem, search: Search, state: State, work: Work) -> list[Shelf]:
-    """Whole plan of a searched state: pour the light documents, give what is left shelves of its own or squeeze it in.
-    """
+    """Whole plan of a searched state: light documents poured in, the rest in shelves of its own or squeezed in."""
     shelves, left = pour(problem, search.skeleton(state), search.light, search.rate, work)
     if not left:
         return shelves

@@ -1,5 +1,4 @@
-"""Local search on a plan: shorten micro-batches by regrouping, and by moving documents of the longest group elsewhere.
-"""
+"""Local search on a plan: regroup a micro-batch, and move documents of its longest group to where there is room."""
 
 from __future__ import annotations
 
@@ -8,8 +7,7 @@ from longhaul.parallel.planner.problem import Group, Problem, Shelf, Work
 
 
 def regroup(problem: Problem, shelves: list[Shelf], work: Work) -> bool:
-    """Plan each micro-batch's documents again, one by one, keeping what is shorter. Returns whether anything changed.
-    """
+    """Plan each micro-batch's documents again and keep what is shorter. Returns whether anything changed."""
     changed = False
     for number, shelf in enumerate(shelves):
         if work.spent:

@@ -20,8 +20,7 @@ def smallest_degree(problem: Problem, longest: int) -> int:
 
 
 def blocks(problem: Problem, degree: int) -> list[tuple[int, int]]:
-    """Kind and first rank of every block of a degree; tokens are shared by speed where that holds the longest document.
-    """
+    """Kind and first rank of every block of a degree, tokens shared by speed if the longest document fits so."""
     if problem.even:
         kind = problem.degree.index(degree)
         return [(kind, -1)] * (problem.cluster.ranks // degree)

@@ -68,8 +68,7 @@ def check(plan: Plan, lengths: list[int], cluster: Cluster, model: CostModel) ->
 
 
 def brute_force(problem: Problem) -> int:
-    """Optimum of an even cluster by trying everything: partitions into groups, degrees, partitions into micro-batches.
-    """
+    """Optimum of an even cluster by trying every partition into groups and micro-batches."""
     count = len(problem.length)
     ranks = problem.cluster.ranks
     makespan: dict[tuple[int, ...], int] = {}
