@@ -36,7 +36,7 @@ def stream_indices(consumed: int, global_batch_size: int, data_rank: int, data_s
 def place(stream: Stream, engine: SequenceParallel, device: torch.device, keep_state: bool = False) -> Batch:
     """Cut a stream to the tokens held here and move them to the device."""
     documents = Documents(stream.bounds, stream.first_position)
-    ranges = engine.local_tokens(documents.num_tokens)
+    ranges = engine.local_tokens(documents)
 
     def local(values: Tensor) -> Tensor:
         return torch.cat([values[start:stop] for start, stop in ranges]).to(device)

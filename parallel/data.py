@@ -171,4 +171,10 @@ class _CountedReduceScatter(_Buffers):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:
         self._count("gradients", "reduce_scatter", output_tensor, group)
+        if dist.get_backend(group) == "gloo":
+            # gloo's own reduce-scatter is an all-reduce, twice the bytes.
+            blocks = torch.empty_like(input_tensor)
+            dist.all_to_all_single(blocks, input_tensor, group=group)
+            torch.sum(blocks.reshape(group.size(), -1), 0, out=output_tensor)
+            return None
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
