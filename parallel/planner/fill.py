@@ -115,7 +115,7 @@ def fill(
         if free == 0 and num_open == 0:
             left.extend(documents[position + 1 :])
             break
-    work.done += tried * (1 + count // 16)
+    work.done += tried * (1 + count // 64)
     for groups in opened:
         closed += groups
     return Filled(closed, left, free, pool.singles() if pool else None, latest, loose)

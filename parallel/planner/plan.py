@@ -103,11 +103,12 @@ def realise(problem: Problem, search: Search, state: State, work: Work) -> list[
     tokens = sum(problem.length[i] for i in left)
     kinds = [(problem.single_kind[rank], rank if not problem.even else -1) for rank in range(problem.cluster.ranks)]
     least = -(-tokens // (problem.cluster.ranks * problem.tokens))
-    for number in range(least, least + 3):
+    for number in range(least, least + 4):
         own = level(problem, left, number, kinds, work)
         if own is not None:
             options.append(shelves + own)
-            break
+            if problem.even:  # more micro-batches help only where fast ranks run out of memory
+                break
     if shelves and state.extra <= 1 and len(left) <= 64:
         copies = copied(shelves)
         if not squeeze(problem, copies, left, work):
