@@ -7,7 +7,7 @@ runs serves every layout; neighbours are merged, so that the number of kernel ca
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,8 @@ class Held(NamedTuple):
 def held_by(layout: SequenceLayout, documents: Documents, ranks: Sequence[int]) -> Held:
     """The tokens of some ranks together, in stream order."""
     offsets = {rank: _offsets(layout, rank) for rank in ranks}
-    order = [(rank, slot) for rank, slot in layout.order if rank in offsets]
+    ranges = [(*part, rank, slot) for rank in ranks for slot, part in enumerate(layout.parts[rank])]
+    order = [(rank, slot) for _, _, rank, slot in sorted(ranges)]
     segments = Segments(documents, [layout.parts[rank][slot] for rank, slot in order])
     runs: list[Run] = []
     for s, document in enumerate(segments.document_of):
@@ -81,27 +82,34 @@ def past_runs(before: int) -> list[Run]:
 
 
 class _Keys(NamedTuple):
-    """Rows of keys that all queries of one run see alike: all of them, or as the mask says."""
+    """Rows of keys against which one run of queries stands.
+
+    Attributes:
+        whole: no window hides any of them.
+        own: the last of them are the queries' own tokens.
+        seamless: consecutive tokens.
+        last: number of the last token.
+    """
 
     start: int
     stop: int
     whole: bool
     own: bool
-    seamless: bool  # consecutive tokens
+    seamless: bool
     last: int
 
 
 def visible(queries: Sequence[Run], keys: Sequence[Run], mask: Mask) -> list[Piece]:
     """The pieces of `queries` against `keys`; rows of a piece are rows of the two."""
-    by_document = _by_document(keys)
+    table = by_document(keys)
     pieces: list[Piece] = []
     for query in queries:
         group: _Keys | None = None
-        for key in by_document.get(query.document, ()):
+        for key in table.get(query.document, ()):
             if not _meet(query, key, mask):
                 continue
             following = _keys(query, key, mask)
-            joined = None if group is None else _join(group, following, mask)
+            joined = None if group is None else _join(group, following)
             if group is not None and joined is None:
                 _append(pieces, _piece(query, group, mask), mask)
             group = joined or following
@@ -110,13 +118,13 @@ def visible(queries: Sequence[Run], keys: Sequence[Run], mask: Mask) -> list[Pie
     return pieces
 
 
-def needs(queries: Sequence[Run], keys: Sequence[Run], mask: Mask) -> bool:
-    """Whether any of `queries` sees any of `keys`."""
-    by_document = _by_document(keys)
-    return any(_meet(query, key, mask) for query in queries for key in by_document.get(query.document, ()))
+def needs(queries: Sequence[Run], keys: Mapping[int, Sequence[Run]], mask: Mask) -> bool:
+    """Whether any of `queries` sees any of `keys`, which are given by document."""
+    return any(_meet(query, key, mask) for query in queries for key in keys.get(query.document, ()))
 
 
-def _by_document(runs: Sequence[Run]) -> dict[int, list[Run]]:
+def by_document(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    """The runs of each document, in order."""
     found: dict[int, list[Run]] = defaultdict(list)
     for run in runs:
         found[run.document].append(run)
@@ -132,19 +140,19 @@ def _keys(query: Run, key: Run, mask: Mask) -> _Keys:
     own = key.first == query.first
     assert own or key.last < query.first or key.first > query.last, "runs are the same tokens or have none in common"
     whole = mask.window is None or query.last - key.first < mask.window
-    return _Keys(key.start, key.stop, whole and not (own and mask.causal and mask.window), own, True, key.last)
+    return _Keys(key.start, key.stop, whole, own, True, key.last)
 
 
-def _join(a: _Keys, b: _Keys, mask: Mask) -> _Keys | None:
-    """Both as one, if a piece can say it: seen whole, or consecutive tokens in consecutive rows."""
+def _join(a: _Keys, b: _Keys) -> _Keys | None:
+    """Both as one, if a piece can say it: consecutive tokens in consecutive rows, or all within the window."""
     seamless = a.seamless and b.seamless and a.last + 1 == b.last - (b.stop - b.start - 1)
-    if a.stop != b.start or not (seamless or (a.whole and b.whole)):
+    if a.stop != b.start or not (seamless or a.whole):
         return None
-    return _Keys(a.start, b.stop, a.whole and b.whole, b.own, seamless, b.last)
+    return _Keys(a.start, b.stop, a.whole, b.own, seamless, b.last)  # b is nearer than a, so whole if a is
 
 
 def _piece(query: Run, keys: _Keys, mask: Mask) -> Piece:
-    # The gap to the last key; earlier keys of a merged piece seem nearer than they are, which a window must not mind.
+    # The gap to the last key. Earlier keys of a merged piece may seem nearer than they are, but only where all are seen.
     return Piece(query.start, query.stop, keys.start, keys.stop, mask.causal and keys.own, query.last - keys.last)
 
 

@@ -34,7 +34,7 @@ from longhaul.parallel.comm import Comm
 from longhaul.parallel.shard import RankShard
 
 from .base import Call, Engine, Gradients, Past, Shape, accumulation, cached, holdings
-from .pieces import Held, needs, past_runs, visible
+from .pieces import Held, by_document, needs, past_runs, visible
 from .rotate import Homeward, Rotation
 
 DIRECTIONS = ("auto", "kv", "q")
@@ -73,9 +73,10 @@ class Route:
         size = len(held)
         self.tokens = [member.num_tokens for member in held]
         self.key_reach, self.query_reach = [0] * size, [0] * size
+        tables = [by_document(member.runs) for member in held]
         for reader in range(size):
             for source in range(size):
-                if reader != source and needs(held[reader].runs, held[source].runs, mask):
+                if reader != source and needs(held[reader].runs, tables[source], mask):
                     hops = (reader - source) % size
                     self.key_reach[source] = max(self.key_reach[source], hops)
                     self.query_reach[reader] = max(self.query_reach[reader], hops)

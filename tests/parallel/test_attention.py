@@ -17,7 +17,7 @@ from longhaul.models.ops.attention.naive import visible as seen_by_pieces
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
 from longhaul.parallel.attention.heads import HeadSplit
-from longhaul.parallel.attention.pieces import coordinates, held_by, needs, past_runs, seen, visible
+from longhaul.parallel.attention.pieces import by_document, coordinates, held_by, needs, past_runs, seen, visible
 from longhaul.parallel.attention.registry import ENGINES, make_attention
 from longhaul.parallel.attention.ring import output_of
 from longhaul.parallel.attention.usp import Usp
@@ -131,7 +131,7 @@ def test_pieces_are_the_mask_entry_by_entry(mask: Mask, table: str) -> None:
             pieces = visible(runs[queries], runs[keys], mask)
             found = seen_by_pieces(pieces, places[queries][0].numel(), places[keys][0].numel(), mask.window)
             assert torch.equal(found, seen(places[queries], places[keys], mask)), (layout.name, queries, keys)
-            assert needs(runs[queries], runs[keys], mask) == bool(found.any())
+            assert needs(runs[queries], by_document(runs[keys]), mask) == bool(found.any())
             assert not any(a.q_start < b.q_stop and b.q_start < a.q_stop and a.k_start < b.k_stop and b.k_start < a.k_stop
                            for a, b in itertools.combinations(pieces, 2)), "a key is seen once"
 
