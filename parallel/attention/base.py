@@ -104,11 +104,13 @@ class Engine(ABC):
     ) -> tuple[Tensor, KVState | None]:
         shape = Shape.of(q, k, v)
         self.check(mask)
+        dtype = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # keys and values are one message
         past: tuple[Tensor | None, Tensor | None] = (None, None)
         before = 0
         if state is not None and shard.documents.first_position:
-            past, before = (state.k, state.v), state.k.shape[0]
-        call = self.call(shard, shape, mask, scale, before, q.dtype)
+            past, before = (state.k.to(dtype), state.v.to(dtype)), state.k.shape[0]
+        call = self.call(shard, shape, mask, scale, before, dtype)
         end = _End(self.comm, shard, mask, before) if shard.keep_state else None
         out, k_end, v_end = _Attend.apply(call, end, self.comm, q, k, v, *past)
         return out, None if end is None else KVState(k_end, v_end)
@@ -206,7 +208,8 @@ class _Attend(torch.autograd.Function):
         past = None if k_past is None or v_past is None else (k_past, v_past)
 
         def communicate() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-            out, lse = call.forward(q, k, v, past)
+            with torch.autocast(q.device.type, enabled=False):  # the dtype of q decides, not who calls
+                out, lse = call.forward(q, k, v, past)
             state = None if end is None else end.gather(k, v, past)
             return out.to(q.dtype), lse, state
 
@@ -225,7 +228,8 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         k_past, v_past, *residuals = ctx.saved_tensors
         past = None if k_past is None else (k_past, v_past)
-        dq, dk, dv, dpast = ctx.call.backward(dout, tuple(residuals), past)
+        with torch.autocast(dout.device.type, enabled=False):
+            dq, dk, dv, dpast = ctx.call.backward(dout, tuple(residuals), past)
         dend = None
         if ctx.end is not None:
             assert dk_end is not None and dv_end is not None

@@ -144,6 +144,12 @@ def exactness(
     return worst
 
 
+def under_autocast(rank: int, world_size: int, **call: Any) -> dict[str, tuple[float, str]]:
+    """`exactness` where matrix products would be lowered to bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return exactness(rank, world_size, **call)
+
+
 def traffic(
     rank: int, world_size: int, engine: str, options: dict[str, Any], case: Case, checkpointed: bool = False
 ) -> dict[str, Any]:

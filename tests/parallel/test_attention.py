@@ -28,7 +28,7 @@ from tests.harness.cases import document_tables
 from tests.harness.numerics import TOLERANCE, assert_close
 from tests.harness.pool import run_ranks
 
-from .attention_ranks import MASKS, WIDTHS, Case, attend, exactness, make_engine, make_inputs, make_shard, traffic
+from .attention_ranks import MASKS, WIDTHS, Case, attend, exactness, make_engine, make_inputs, make_shard, traffic, under_autocast
 
 T = 29
 BOTH = sum(WIDTHS)
@@ -81,6 +81,33 @@ def test_usp_of_two_groups_of_three() -> None:
 def test_single_precision(variant: str) -> None:
     call = arguments(variant, 3) | {"every": 20}
     assert_exact(run_ranks(exactness, 3, num_tokens=64, dtype=torch.float32, timeout=120, **call), torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_inputs_decide_the_precision(variant: str) -> None:
+    call = arguments(variant, 2) | {"every": 20}
+    assert_exact(run_ranks(under_autocast, 2, num_tokens=T, dtype=torch.float32, timeout=120, **call), torch.float32)
+
+
+def mixed(rank: int, world_size: int, engine: str, options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Values of a lower type than queries and keys."""
+    comm, case = Comm(dist.group.WORLD), Case("zigzag", {}, (0, 5, 40), Mask(), (4, 2))
+    inputs = make_inputs(case)
+    inputs = inputs._replace(v=inputs.v.float())
+    shard = make_shard(comm, make_engine(engine, comm, **options), case, inputs.documents)
+    rows = list(shard.layout.parts[rank])
+    expected = attend(WholeSequence(inputs.documents), inputs._replace(v=inputs.v.double()), case.mask, [(0, 40)])
+    found = attend(shard, inputs, case.mask, rows)
+    assert found["dv"].dtype == torch.float32 and found["out"].dtype == torch.float64
+    return {name: (found[name], torch.cat([expected[name][a:b] for a, b in rows])) for name in found}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_of_a_lower_type(variant: str) -> None:
+    call = arguments(variant, 2)
+    for found in run_ranks(mixed, 2, engine=call["engine"], options=call["options"]):
+        for name, (actual, reference) in found.items():
+            assert_close(actual, reference, name)
 
 
 def half_precision(rank: int, world_size: int, engine: str, options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
