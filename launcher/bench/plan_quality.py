@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -78,10 +79,10 @@ def timed(make: Callable[[], Plan]) -> tuple[Plan, float]:
     return made, (time.process_time() - start) * 1e3
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table."""
     print(f"\n**{title}**\n")
-    for line in (columns, ["---"] * len(columns), *rows):
+    for line in chain((columns, ["---"] * len(columns)), rows):
         print("| " + " | ".join(line) + " |", flush=True)
 
 
@@ -125,23 +126,20 @@ def step_table(count: int) -> None:
 
 def mix_table(count: int) -> None:
     """Layer mixes by engine, both objectives."""
-    rows = []
-    for share, name in ((1.0, "softmax"), (0.25, "hybrid 1/4"), (0.125, "hybrid 1/8"), (0.0, "linear")):
-        for engine in ("head_split",) if share == 1.0 else ("head_split", "all_gather", "scan"):
-            for objective in ("sum",) if share in (0.0, 1.0) else ("sum", "split"):
-                rows.append(
-                    [
-                        name,
-                        engine,
-                        objective,
-                        *mix_row(count, published(softmax=share, engine=engine, objective=objective)),
-                    ]
-                )
     columns = (
         *("layers", "engine of linear layers", "objective", "planned s", "fixed / planned", "best single / planned"),
         *("gap to area bound", "gap to configuration bound", "CPU ms", "won by"),
     )
-    show(f"Layer mixes, 64 ranks, 512 documents, cap 384K, {count} batches (means)", columns, rows)
+    show(f"Layer mixes, 64 ranks, 512 documents, cap 384K, {count} batches (means)", columns, mix_rows(count))
+
+
+def mix_rows(count: int) -> Iterator[list[str]]:
+    """A row a mix, engine and objective."""
+    for share, name in ((1.0, "softmax"), (0.25, "hybrid 1/4"), (0.125, "hybrid 1/8"), (0.0, "linear")):
+        for engine in ("head_split",) if share == 1.0 else ("head_split", "all_gather", "scan"):
+            for objective in ("sum",) if share in (0.0, 1.0) else ("sum", "split"):
+                model = published(softmax=share, engine=engine, objective=objective)
+                yield [name, engine, objective, *mix_row(count, model)]
 
 
 def mix_row(count: int, model: CostModel) -> list[str]:
@@ -150,7 +148,8 @@ def mix_row(count: int, model: CostModel) -> list[str]:
     plans = [timed(lambda: plan(lengths, cluster, model, max_length=cap)) for lengths in steps]  # noqa: B023
     for lengths, (made, cpu) in zip(steps, plans, strict=True):
         problem = Problem(lengths, cluster, model)
-        bound = configuration_bound(problem, round(made.time / MICROSECOND)) * MICROSECOND
+        whole = round(made.time / MICROSECOND)
+        bound = configuration_bound(problem, whole, classes=14, singles=40, buckets=6) * MICROSECOND
         one, best = statics(problem, cap)
         values.append((made.time, one / made.time, best / made.time, made.gap, made.time / bound - 1, cpu))
         winners.append(made.candidate)
@@ -222,7 +221,16 @@ def uneven_table(count: int) -> None:
 
 def milp_table(nodes: int) -> None:
     """One micro-batch of a sort-and-cut step: bisection against the published program."""
-    rows = []
+    columns = (
+        *("documents", "bisection ms", "its CPU ms", "gap to aggregated bound", "bound CPU s"),
+        *("MILP, degree >= 8", "its bound", "CPU s", "MILP, all degrees", "its bound", "CPU s"),
+    )
+    title = f"One micro-batch against the published program ({solver_name()}, 16 buckets, {nodes} nodes"
+    show(f"{title}, {nodes // 10} for all degrees; times relative to bisection)", columns, milp_rows(nodes))
+
+
+def milp_rows(nodes: int) -> Iterator[list[str]]:
+    """A row a micro-batch, as it is solved: minutes each."""
     problem = Problem(lengths_of(3, CAPS["384K"]), cluster_of(), published())
     for start, end in cut(problem.length, problem.shelves + 1):
         documents = list(range(start, end))
@@ -235,25 +243,14 @@ def milp_table(nodes: int) -> None:
         begin = time.process_time()
         bound = aggregated_bound(problem, documents)
         cells += [f"{filled.time / bound - 1:+.1%}", f"{time.process_time() - begin:.1f}"]
-        for least in (8, 1):
+        for least, limit in ((8, nodes), (1, nodes // 10)):
             begin = time.process_time()
-            found = milp(
-                problem, documents, nodes=nodes if least == 8 else nodes // 10, least_degree=least, warm=[filled.groups]
-            )
+            found = milp(problem, documents, nodes=limit, least_degree=least, warm=[filled.groups])
             took = time.process_time() - begin
             gap = "none" if found.shelves is None else f"{(found.time - problem.bias) / filled.time - 1:+.1%}"
             proved = max(0.0, found.bound - problem.bias) / filled.time
             cells += [f"{gap}{' (optimal)' if found.optimal else ''}", f"{proved:.0%}", f"{took:.1f}"]
-        rows.append(cells)
-    columns = (
-        *("documents", "bisection ms", "its CPU ms", "gap to aggregated bound", "bound CPU s"),
-        *("MILP, degree >= 8", "its bound", "CPU s", "MILP, all degrees", "its bound", "CPU s"),
-    )
-    show(
-        f"One micro-batch against the published program ({solver_name()}, 16 buckets; times relative to bisection)",
-        columns,
-        rows,
-    )
+        yield cells
 
 
 def small_table(count: int) -> None:
