@@ -16,6 +16,10 @@ from .mixers.lightning import LightningConfig
 from .mixers.linear_attention import LinearAttentionConfig
 from .mixers.mamba1 import Mamba1Config
 from .mixers.mamba2 import Mamba2Config
+from .mixers.memmamba import MemMambaConfig
+from .mixers.mom import MoMConfig
+from .mixers.paragru import ParaGRUConfig
+from .mixers.paralstm import ParaLSTMConfig
 from .mixers.rebased import ReBasedConfig
 from .mixers.retention import RetentionConfig
 from .mixers.rwkv6 import RWKV6Config
@@ -30,6 +34,7 @@ LINEAR_MIXERS = (
     "retention",
     "mamba2",
     "mamba1",
+    "memmamba",
     "s4d",
     "s5",
     "gla",
@@ -41,6 +46,9 @@ LINEAR_MIXERS = (
     "gated_deltanet",
     "kimi_delta",
     "rwkv7",
+    "mom",
+    "paragru",
+    "paralstm",
 )
 LETTERS = "LNM*-"
 
@@ -104,6 +112,9 @@ class ModelConfig:
     mamba1: Mamba1Config = field(default_factory=Mamba1Config)
     """Mamba-1."""
 
+    memmamba: MemMambaConfig = field(default_factory=MemMambaConfig)
+    """MemMamba."""
+
     s4d: S4DConfig = field(default_factory=S4DConfig)
     """S4D."""
 
@@ -136,6 +147,15 @@ class ModelConfig:
 
     rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
     """RWKV-7."""
+
+    mom: MoMConfig = field(default_factory=MoMConfig)
+    """Mixture of memories."""
+
+    paragru: ParaGRUConfig = field(default_factory=ParaGRUConfig)
+    """ParaGRU."""
+
+    paralstm: ParaLSTMConfig = field(default_factory=ParaLSTMConfig)
+    """ParaLSTM."""
 
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture of experts."""

@@ -18,6 +18,10 @@ from .lightning import Lightning
 from .linear_attention import LinearAttention
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
+from .memmamba import MemMamba
+from .mom import MoM
+from .paragru import ParaGRU
+from .paralstm import ParaLSTM
 from .rebased import ReBased
 from .retention import Retention
 from .rwkv6 import RWKV6
@@ -57,6 +61,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "retention": Retention,
     "mamba2": Mamba2,
     "mamba1": Mamba1,
+    "memmamba": MemMamba,
     "s4d": S4D,
     "s5": S5,
     "gla": GLA,
@@ -68,4 +73,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kimi_delta": KimiDelta,
     "rwkv7": RWKV7,
+    "mom": MoM,
+    "paragru": ParaGRU,
+    "paralstm": ParaLSTM,
 }
