@@ -12,9 +12,11 @@ from longhaul.parallel.comm import Comm
 
 from .all_gather import AllGather
 from .all_scan import AllScan
+from .auto import Auto
 from .base import Exchange
 from .hierarchical import Hierarchical
 from .log_scan import LogScan
+from .reach import Reach
 from .ring import Ring, RingBlocking
 
 
@@ -45,15 +47,18 @@ EXCHANGES: dict[str, Callable[..., Exchange]] = {
     "all_scan": AllScan,
     "log_scan": LogScan,
     "hierarchical": _hierarchical,
+    "auto": Auto,
 }
 
 
-def make_exchange(name: str, comm: Comm, **options: Any) -> Exchange:
+def make_exchange(name: str, comm: Comm, reach_tolerance: float | None = None, **options: Any) -> Exchange:
     """The exchange called `name` on the group of `comm`.
 
     Args:
+        reach_tolerance: where constant decays bound what a part passes on by this share of it, it is not passed on (see
+            `Reach`); None passes everything on.
         options: of its constructor: `payload_dtype` for all, `blocks` for all_scan, `intra`, `inter`, `inside` and `across`
-            for hierarchical.
+            for hierarchical, those of `Auto` for auto.
     """
     if name not in EXCHANGES:
         near = difflib.get_close_matches(name, EXCHANGES, 1) or list(EXCHANGES)
@@ -62,4 +67,5 @@ def make_exchange(name: str, comm: Comm, **options: Any) -> Exchange:
     for option in options:
         if option not in known:
             raise UserError(f"Exchange {name!r} has no option {option!r}; it takes {', '.join(known)}.")
-    return EXCHANGES[name](comm, **options)
+    exchange = EXCHANGES[name](comm, **options)
+    return exchange if reach_tolerance is None else Reach(exchange, reach_tolerance)
