@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("longhaul.launcher.generate", "continue a text with a trained model"),
     "report": ("longhaul.launcher.report", "write the one-page report of a run"),
     "bench": ("longhaul.launcher.bench", "measure steps, memory and communication"),
+    "verify": ("longhaul.launcher.verify", "prove that N ranks equal one, on this machine"),
     "doctor": ("longhaul.launcher.doctor", "say what this machine has and what is missing"),
 }
 

@@ -76,24 +76,30 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def make_problem(
-    module: nn.Module, documents: Documents, width: int, seed: int, dtype: torch.dtype, keep_state: bool
+    module: nn.Module,
+    documents: Documents,
+    width: int,
+    seed: int,
+    dtype: torch.dtype,
+    keep_state: bool,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """Random inputs; the state, where the stream continues a document, is what a run over earlier tokens leaves."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     x, dy = normal(documents.num_tokens, width), normal(documents.num_tokens, width)
     state = None
     if documents.first_position:
-        earlier = WholeSequence(Documents((0, documents.first_position)), keep_state=True)
+        earlier = WholeSequence(Documents((0, documents.first_position)), device, keep_state=True)
         with torch.no_grad():
             state = module(normal(documents.first_position, width), earlier, None)[1]
     dstate = None
     if keep_state:
         with torch.no_grad():
-            final = module(x, WholeSequence(documents, keep_state=True), state)[1]
+            final = module(x, WholeSequence(documents, device, keep_state=True), state)[1]
         dstate = [normal(*tensor.shape).to(tensor.dtype) for tensor in tensors(final)]
     return Problem(documents, x, dy, state, dstate)
 
@@ -134,11 +140,19 @@ def compare(
     Args:
         make_shard: from (layout, documents, keep_state) to this rank's shard.
     """
-    keep_state = problem.dstate is not None
-    whole = WholeSequence(problem.documents, keep_state=keep_state)
-    reference = run(module, whole, problem, [(0, problem.documents.num_tokens)])
     rows = list(layout.parts[comm.rank])
-    actual = run(module, make_shard(layout, problem.documents, keep_state), problem, rows)
+    shard = make_shard(layout, problem.documents, problem.dstate is not None)
+    return errors_of(run(module, shard, problem, rows), alone(module, problem), rows, comm)
+
+
+def alone(module: nn.Module, problem: Problem) -> Outcome:
+    """The reference: the whole problem in one process."""
+    whole = WholeSequence(problem.documents, problem.x.device, keep_state=problem.dstate is not None)
+    return run(module, whole, problem, [(0, problem.documents.num_tokens)])
+
+
+def errors_of(actual: Outcome, reference: Outcome, rows: list[tuple[int, int]], comm: Comm) -> dict[str, float]:
+    """Errors by tensor name, on this rank, which held `rows`; parameter gradients are summed over ranks here."""
     errors = {
         "output": error(actual.y, torch.cat([reference.y[a:b] for a, b in rows])),
         "input gradient": error(actual.dx, torch.cat([reference.dx[a:b] for a, b in rows])),

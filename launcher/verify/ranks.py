@@ -1,0 +1,227 @@
+"""The processes that run cells: a warm pool of one world size, or the ranks of a job that is already running.
+
+Pools are forked from one fork server that has imported everything: forking a process in which torch has run hangs, and
+spawning imports torch in every rank. A failure ends its pool, because peers may wait in a collective; the next cell gets a
+new one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from multiprocessing import connection, forkserver, parent_process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from longhaul.models.errors import UserError
+from longhaul.parallel.comm import Comm
+from longhaul.parallel.runtime import Runtime
+
+from .cells import Cell
+from .check import Checker, Findings
+from .traffic import Question, count
+
+START_TIMEOUT = 120.0  # seconds; a loaded machine imports torch slowly
+CELL_TIMEOUT = 120.0
+GRACE = 0.5  # seconds in which peers may say what they know of a failure
+
+
+class Answer(NamedTuple):
+    """What one rank says of a cell: findings, or why there are none ("refused" or "error")."""
+
+    kind: str
+    findings: Findings
+    message: str = ""
+
+
+def answer(checker: Checker, asked: Cell | Question) -> Answer:
+    """Check a cell, or count an engine's traffic; nothing is raised."""
+    try:
+        if isinstance(asked, Question):
+            return Answer("findings", count(asked, checker.comm, checker.inner, checker.outer))
+        return Answer("findings", checker.check(asked))
+    except UserError as error:
+        return Answer("refused", {}, str(error))
+    except Exception:
+        return Answer("error", {}, traceback.format_exc(limit=-8))
+
+
+class Job:
+    """The ranks of the job this process is in: every rank runs every cell, and every rank gets all answers."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.checker = runtime, Checker(runtime)
+        self.comm = Comm(self.checker.mesh.sequence_group)
+
+    def run(self, cell: Cell) -> list[Answer]:
+        """The answers of all ranks."""
+        own = torch.frombuffer(bytearray(json.dumps(answer(self.checker, cell)).encode()), dtype=torch.uint8)
+        length = self.runtime.maximum(own.numel())
+        padded = torch.full((length,), ord(" "), dtype=torch.uint8)
+        padded[: own.numel()] = own
+        rows = self.comm.all_gather(padded.to(self.runtime.device), "verify").wait().cpu()
+        return [_answer(json.loads(bytes(row.tolist()))) for row in rows]
+
+    def close(self) -> None:
+        """Nothing: the job goes on."""
+
+
+def _answer(fields: list[Any]) -> Answer:
+    kind, findings, message = fields
+    return Answer(kind, {name: (value, limit) for name, (value, limit) in findings.items()}, message)
+
+
+class Pool:
+    """Processes of this machine that form one group.
+
+    Args:
+        size: ranks.
+        device: "cpu" or "cuda" (one GPU each).
+    """
+
+    def __init__(self, size: int, device: str) -> None:
+        self.size, self.device = size, device
+        self.processes: list[Any] = []
+        self.channels: list[Any] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, asked: Cell | Question) -> list[Answer]:
+        """The answers of all ranks. A rank that died or hangs is an "error"."""
+        if not self.processes:
+            self._start()
+        try:
+            answers = self._ask(asked, CELL_TIMEOUT)
+        except BaseException:  # Ctrl-C too: the ranks are still busy
+            self.kill()
+            raise
+        if any(found.kind == "error" for found in answers):
+            self.kill()
+        return answers
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["longhaul.launcher.verify.ranks"])
+        _start_server()
+        self.folder = tempfile.TemporaryDirectory(prefix="longhaul-verify-")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, self.folder.name, self.device), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.channels.append(ours)
+        started = self._collect(START_TIMEOUT)
+        failed = [found for found in started if found.kind == "error"]
+        if failed:
+            self.kill()
+            raise RuntimeError(f"{self.size} ranks did not start:\n{failed[0].message}")
+
+    def _ask(self, asked: Cell | Question, timeout: float) -> list[Answer]:
+        for channel in self.channels:
+            channel.send(asked)
+        return self._collect(timeout)
+
+    def _collect(self, timeout: float) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < self.size:
+            waiting = {self.channels[rank]: rank for rank in range(self.size) if rank not in answers}
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for channel in ready:
+                rank = waiting[channel]  # type: ignore[index]
+                try:
+                    answers[rank] = Answer(*self.channels[rank].recv())
+                except (EOFError, ConnectionResetError):
+                    answers[rank] = Answer("error", {}, f"rank {rank} died")
+                if answers[rank].kind == "error":
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        silent = Answer("error", {}, "no answer: it waits for a rank that failed" if answers else f"no answer in {timeout:g} s")
+        return [answers.get(rank, silent) for rank in range(self.size)]
+
+    def kill(self) -> None:
+        """End the ranks at once."""
+        for process in self.processes:
+            process.kill()
+        self._release()
+
+    def close(self) -> None:
+        """Ask the ranks to leave, and end those that do not."""
+        for channel in self.channels:
+            try:
+                channel.send(None)
+            except (BrokenPipeError, ConnectionResetError):
+                continue  # it died since its last cell
+        for process in self.processes:
+            process.join(5)
+            if process.exitcode is None:
+                process.kill()
+        self._release()
+
+    def _release(self) -> None:
+        for process in self.processes:
+            process.join()
+            process.close()
+        for channel in self.channels:
+            channel.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.processes, self.channels, self.folder = [], [], None
+
+
+def _start_server() -> None:
+    """Start the fork server with one thread a process."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _serve(channel: connection.Connection, rank: int, size: int, folder: str, device: str) -> None:
+    """The life of one rank."""
+    _leave_with_parent()
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if Path("/sys/class/net/lo").exists() else "lo0")
+    try:
+        runtime = Runtime(rank, size, rank, f"file://{Path(folder) / 'rendezvous'}", device, timeout=CELL_TIMEOUT)
+        checker = Checker(runtime)
+        channel.send(tuple(Answer("findings", {})))
+    except Exception:
+        channel.send(tuple(Answer("error", {}, traceback.format_exc(limit=-8))))
+        os._exit(1)
+    try:
+        while (asked := channel.recv()) is not None:
+            channel.send(tuple(answer(checker, asked)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)
+    runtime.close()
+    os._exit(0)  # no teardown of an interpreter whose threads may still hold sockets
+
+
+def _leave_with_parent() -> None:
+    """End this process when the command is gone, however it ended."""
+    parent = parent_process()
+    assert parent is not None, "a rank is started by the pool"
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
