@@ -29,9 +29,7 @@ def problem(lengths: tuple[int, ...], reverse: bool, cuts: tuple[int, ...] = ())
     documents = Documents((0, *cuts, sum(lengths)), first_position=3)
     chain = SequenceLayout.contiguous(sum(lengths), len(lengths), lengths).chain(documents)
     generator = torch.Generator().manual_seed(0)
-    maps = AffineMap(
-        torch.randn(len(lengths), 2, 3, 4, generator=generator, dtype=torch.float64), Constant(DECAY, lengths)
-    )
+    maps = AffineMap(torch.randn(len(lengths), 2, 3, 4, generator=generator, dtype=torch.float64), Constant(DECAY, lengths))
     return (maps.adjoint(maps.offset) if reverse else maps), chain
 
 
