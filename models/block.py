@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .config import ModelConfig
 from .ffn import SwiGLU
+from .mixers.memmamba import MemMamba
 from .mixers.registry import MIXERS
 from .moe import MoE
 from .norm import RMSNorm
@@ -18,6 +19,18 @@ def _feed_forward(config: ModelConfig) -> SwiGLU | MoE:
     if config.ffn == "moe":
         return MoE(config.hidden_size, config.ffn_width, config.moe, config.initializer_range)
     return SwiGLU(config.hidden_size, config.ffn_width, config.initializer_range)
+
+
+class BlockOutput(NamedTuple):
+    """`x` [T, D], the mixer's `state`, the auxiliary loss `aux` of each document, and the mixer's `pool`, for later layers.
+
+    `aux` and `pool` are None where a block has none. A pool is what tokens held here may read: it stays here and is no state.
+    """
+
+    x: Tensor
+    state: Any
+    aux: Tensor | None
+    pool: Tensor | None
 
 
 class Block(nn.Module):
@@ -44,12 +57,18 @@ class Block(nn.Module):
             if norm is not None:
                 nn.init.ones_(norm.weight)
 
-    def forward(self, x: Tensor, shard: SequenceShard, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
-        """[T, D] -> [T, D], the mixer's state, and the auxiliary loss of each document (None if there is none)."""
-        aux = None
+    def forward(
+        self, x: Tensor, shard: SequenceShard, state: Any = None, memory: tuple[Tensor, ...] = ()
+    ) -> BlockOutput:
+        """[T, D] -> [T, D] and what goes with it; `memory` is the pools of the layers before, in order."""
+        aux = pool = None
         if self.mixer is not None:
             assert self.mixer_norm is not None
-            y, state = self.mixer(self.mixer_norm(x), shard, state)
+            normed = self.mixer_norm(x)
+            if isinstance(self.mixer, MemMamba):
+                y, state, pool = self.mixer.recall(normed, shard, state, memory)
+            else:
+                y, state = self.mixer(normed, shard, state)
             x = x + y
         if self.ffn is not None:
             assert self.ffn_norm is not None
@@ -58,7 +77,7 @@ class Block(nn.Module):
             else:
                 y = self.ffn(self.ffn_norm(x))
             x = x + y
-        return x, state, aux
+        return BlockOutput(x, state, aux, pool)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token."""

@@ -103,15 +103,19 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         states: list[Any] = []
         auxiliary: list[Tensor] = []
+        memory: tuple[Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x, after, aux = recompute.checkpoint(layer, x, shard, before)
+                out = recompute.checkpoint(layer, x, shard, before, memory)
             else:
-                x, after, aux = layer(x, shard, before)
-            states.append(after)
-            if aux is not None:
-                auxiliary.append(aux)
+                out = layer(x, shard, before, memory)
+            x = out.x
+            states.append(out.state)
+            if out.aux is not None:
+                auxiliary.append(out.aux)
+            if out.pool is not None:
+                memory = (*memory, out.pool)
         hidden, final = self.norm(x), tuple(states) if shard.keep_state else None
         if labels is None:
             return hidden, final

@@ -73,7 +73,7 @@ def test_pools_equal_lists(stream: str, policy: str, ties: bool, generator: torc
     for name, found, expected in zip(("read", "state", "dq", "dsummary", "dscore", "dstate"), *results):
         assert_close(found, expected, name)
     if stream == "one":
-        assert (positions_of(results[0][1]) >= 0).sum() > SLOTS and results[0][0][: BLOCK].abs().max() == 0
+        assert (positions_of(results[0][1]) >= 0).sum() > SLOTS and results[0][0][:BLOCK].abs().max() == 0
         assert all(gradient.abs().max() > 0 for gradient in results[0][2:5])
 
 
