@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from longhaul.models.ops.segments import Documents
+from longhaul.models.streaming import LongStream, Streaming, check_streamable
 from longhaul.parallel.data import DataParallel
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.runtime import Runtime
@@ -47,6 +49,7 @@ class Stepper:
         clip: largest gradient norm; 0 never scales.
         precision: `fp32` or `bf16`.
         carry_state: a stream's first document goes on from the state the stream before ended with.
+        stream_tokens: run each stream in chunks of so many tokens, keeping only the states at their borders; whole if None.
         stop_signal: asked at every boundary.
     """
 
@@ -60,12 +63,27 @@ class Stepper:
         clip: float = 0.0,
         precision: str = "fp32",
         carry_state: bool = False,
+        stream_tokens: int | None = None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> None:
         self.model, self.engine, self.runtime, self.optimizer = model, engine, runtime, optimizer
         self.clip, self.bf16, self.carry_state, self.stop_signal = clip, precision == "bf16", carry_state, stop_signal
         self.state: Any = None
         """Carried from the stream before; detached: gradients end at a stream's start."""
+        self.streaming: Streaming | None = None
+        if stream_tokens is not None:
+            check_streamable(model.model)
+            self.streaming = Streaming(
+                self._run,
+                stream_tokens,
+                lambda documents, keep_state: engine.shard(documents, runtime.device, keep_state),
+                accumulate=model.accumulate,
+            )
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model in the run's precision."""
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(*args, **kwargs)
 
     def train(self, streams: Sequence[Stream], rate: float) -> StepResult:
         """One optimizer step on the streams of this process's data-parallel group, one after another."""
@@ -74,10 +92,17 @@ class Stepper:
         scale = 1.0 / max(weight, 1.0)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, stream in enumerate(streams):
+            last = index == len(streams) - 1
+            if self.streaming is not None:
+                streamed = self.streaming.backward(
+                    _long(stream), self.state, scale=scale, keep_state=self.carry_state, last=last
+                )
+                loss += streamed.loss_sum
+                self.state = streamed.state
+                continue
             batch = place(stream, self.engine, device, self.carry_state)
-            with self.model.accumulate(last=index == len(streams) - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    output = self.model(batch.tokens, batch.shard, self.state, labels=batch.labels, weights=batch.weights)
+            with self.model.accumulate(last=last):
+                output = self._run(batch.tokens, batch.shard, self.state, labels=batch.labels, weights=batch.weights)
                 (output.loss_sum * scale).backward()
             loss += output.loss_sum.detach()
             if output.aux_sum is not None:
@@ -107,10 +132,13 @@ class Stepper:
             # Every process takes part in every forward; one without a stream left runs the last one at weight zero.
             index = first + data_rank
             stream = streams[min(index, len(streams) - 1)]
-            batch = place(stream, self.engine, device)
-            weights = batch.weights if index < len(streams) else torch.zeros_like(batch.weights)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                output = self.model(batch.tokens, batch.shard, None, labels=batch.labels, weights=weights)
+            counts = 1.0 if index < len(streams) else 0.0
+            if self.streaming is not None:
+                whole = _long(stream)
+                output: Any = self.streaming.evaluate(whole._replace(weights=whole.weights * counts))
+            else:
+                batch = place(stream, self.engine, device)
+                output = self._run(batch.tokens, batch.shard, None, labels=batch.labels, weights=batch.weights * counts)
             totals[0] += float(output.loss_sum)
             totals[1] += float(output.weight_sum)
             signal = self.runtime.maximum(self.stop_signal())
@@ -119,3 +147,7 @@ class Stepper:
         self.model.model.train()
         loss, weight = self.runtime.sum(totals)
         return loss / max(weight, 1.0), weight, signal
+
+
+def _long(stream: Stream) -> LongStream:
+    return LongStream(stream.tokens, stream.labels, stream.weights, Documents(stream.bounds, stream.first_position))

@@ -1,0 +1,131 @@
+"""Streaming over ranks: each chunk is spread over them, and gradients are those of the whole stream in one process."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longhaul.launcher.batches import stream_indices
+from longhaul.launcher.step import Stepper
+from longhaul.models.config import LINEAR_MIXERS, ModelConfig
+from longhaul.models.lm import LanguageModel
+from longhaul.models.mixers.attention import AttentionConfig
+from longhaul.models.mixers.mamba2 import Mamba2Config
+from longhaul.models.ops.segments import Documents
+from longhaul.models.streaming import LongStream, Streaming
+from longhaul.parallel.comm import Comm
+from longhaul.parallel.data import DataParallel
+from longhaul.parallel.engine import SequenceParallel
+from longhaul.parallel.mesh import Degrees, ParallelMesh
+from longhaul.parallel.runtime import Runtime
+from tests.harness.numerics import assert_close, assert_trees_close
+from tests.harness.pool import run_ranks
+from tests.launcher import test_loss
+from tests.launcher.runs import whole_parameters
+from tests.models.test_streaming import CHUNK, LENGTH, SCALE, model_of, reference, state_before, stream_of
+
+HYBRIDS = {"window": 4, "full attention": None}
+
+
+def make(subject: str) -> LanguageModel:
+    if subject in HYBRIDS:
+        return model_of(pattern="LN", linear_mixer="mamba2", attention=AttentionConfig(window=HYBRIDS[subject]))
+    options = getattr(ModelConfig(mamba2=Mamba2Config(state_size=6, head_dim=8, num_groups=2, chunk=8)), subject)
+    if hasattr(options, "iterations"):
+        options = dataclasses.replace(options, iterations=10)
+    return model_of(linear_mixer=subject, **{subject: options})
+
+
+def compare(rank: int, world_size: int, subject: str, exchange: str, keep: str) -> None:
+    """Compares on the rank; returns nothing."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        engine = SequenceParallel(Comm(dist.group.WORLD), exchange=exchange)
+        model = make(subject)
+        for bounds in ((0, 3, 5, 12, 13, LENGTH), (0, LENGTH)):
+            stream, state = stream_of(bounds, 7), state_before(model)
+            expected = reference(model, stream, state, keep_state=True)
+            streaming = Streaming(model, CHUNK, lambda documents, on: engine.shard(documents, "cpu", on), keep=keep)
+            out = streaming.backward(stream, state, scale=SCALE, keep_state=True)
+            found = {"loss": out.loss_sum, "weight": out.weight_sum, "gradients": {}}
+            for tensor in found["loss"], found["weight"]:
+                dist.all_reduce(tensor)
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+                dist.all_reduce(parameter.grad)
+                found["gradients"][name] = parameter.grad
+            found.update(state=out.state, dstate=out.state_gradient)  # replicated: as they are on this rank
+            assert_trees_close(found, expected, f"{subject}, documents {bounds}")
+            model.zero_grad(set_to_none=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("subject", (*LINEAR_MIXERS, *HYBRIDS))
+def test_two_ranks(subject: str) -> None:
+    run_ranks(compare, 2, subject=subject, exchange="all_gather", keep="all", timeout=120)
+
+
+@pytest.mark.parametrize("subject", ("mamba2", "window"))
+def test_three_ranks_and_a_ring(subject: str) -> None:
+    run_ranks(compare, 3, subject=subject, exchange="ring", keep="two_level", timeout=120)
+
+
+def messages(rank: int, world_size: int, chunk: int) -> int:
+    engine = SequenceParallel(Comm(dist.group.WORLD))
+    model = LanguageModel(ModelConfig(vocab_size=20, hidden_size=16, num_layers=1, num_heads=2, pattern="L",
+                                      linear_mixer="linear_attention"))  # fmt: skip
+    values = torch.zeros(24, dtype=torch.int64)
+    stream = LongStream(values, values, torch.ones(24), Documents((0, 24)))
+    Streaming(model, chunk, lambda documents, on: engine.shard(documents, "cpu", on)).backward(stream)
+    return engine.ledger.total().messages
+
+
+def test_a_chunk_costs_two_forwards_of_messages_and_one_backward() -> None:
+    whole = run_ranks(messages, 2, chunk=24)[0]
+    assert whole > 0
+    forward = backward = whole / 2  # one exchange each way
+    assert run_ranks(messages, 2, chunk=8)[0] == 2 * forward + 3 * (forward + backward)
+
+
+def train(rank: int, world_size: int, degrees: Degrees, style: str, chunk: int) -> dict[str, Any]:
+    """The streams of test_loss, through the trainer's step."""
+    runtime, mesh = Runtime(rank, world_size, device="cpu"), ParallelMesh(degrees, rank)
+    engine, lm = SequenceParallel(Comm(mesh.sequence_group)), test_loss.model()
+    parallel = DataParallel(lm, mesh, style, blocks=tuple(lm.layers))
+    optimizer = torch.optim.SGD(lm.parameters(), lr=1.0)
+    stepper = Stepper(parallel, engine, runtime, optimizer, stream_tokens=chunk)
+    samples, losses = test_loss.streams("some"), []
+    for step in range(test_loss.STEPS):
+        chosen = stream_indices(step * test_loss.BATCH, test_loss.BATCH, mesh.data_rank, degrees.data)
+        losses.append(stepper.train([samples[index] for index in chosen], test_loss.RATE).loss)
+    return {"losses": losses, "parameters": whole_parameters(lm)}
+
+
+@pytest.mark.parametrize(
+    ("data", "sequence", "style"), [(1, 1, "fsdp"), (2, 1, "fsdp"), (2, 1, "ddp"), (1, 2, "ddp"), (2, 2, "fsdp")]
+)
+def test_steps_of_the_trainer(data: int, sequence: int, style: str) -> None:
+    degrees = Degrees(data=data, sequence=sequence)
+    arguments: Any = {"degrees": degrees, "style": style, "chunk": 12}
+    single = degrees.world_size == 1
+    results = [train(0, 1, **arguments)] if single else run_ranks(train, degrees.world_size, timeout=120, **arguments)
+    expected = test_loss.oracle("some", 0.0)
+    for rank, result in enumerate(results):
+        losses = torch.tensor(result["losses"], dtype=torch.float64)
+        assert_close(losses, torch.tensor(expected["losses"], dtype=torch.float64), f"losses on rank {rank}")
+        assert_trees_close(result["parameters"], expected["parameters"], f"parameters on rank {rank}")
+
+
+def test_evaluation_of_the_trainer_is_that_of_the_whole() -> None:
+    lm, samples = test_loss.model(), test_loss.streams("some")[:2]
+    parallel, runtime = DataParallel(lm, ParallelMesh(Degrees())), Runtime(0, 1, device="cpu")
+    found = []
+    for chunk in (None, 12):
+        stepper = Stepper(
+            parallel, SequenceParallel(Comm(None)), runtime, torch.optim.SGD(lm.parameters()), stream_tokens=chunk
+        )
+        found.append(torch.tensor(stepper.evaluate(samples, 0, 1)[0], dtype=torch.float64))
+    assert_close(found[1], found[0], "loss")
