@@ -135,8 +135,7 @@ class Trainer:
     @torch.no_grad()
     def _state_of_one_token(self) -> Any:
         shard = self.engine.shard(Documents((0, 1)), self.runtime.device, keep_state=True)
-        first, last = self.engine.local_tokens(1)[0]
-        tokens = torch.zeros(last - first, dtype=torch.int64, device=self.runtime.device)
+        tokens = torch.zeros(shard.num_tokens, dtype=torch.int64, device=self.runtime.device)
         return self.model(tokens, shard)[1]
 
     def run(self) -> Outcome:

@@ -45,6 +45,8 @@ def _filled(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """While it is open, `torch.empty` and its kin return poison."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch now remembers the true factories, to which a default device applies
     originals = [getattr(owner, name) for owner, name in _FACTORIES]
     for (owner, name), original in zip(_FACTORIES, originals, strict=True):
         setattr(owner, name, _filled(original))
