@@ -15,6 +15,7 @@ from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.mixers import mom
 from longhaul.models.mixers.mom import MoM, MoMConfig
+from longhaul.models.ops import recompute
 from longhaul.models.ops.routing import buckets as buckets_file
 from longhaul.models.ops.segments import Segments
 from longhaul.models.sequence import Documents, WholeSequence
@@ -374,3 +375,30 @@ def test_initialised_as_published() -> None:
 def test_mistakes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=str(next(iter(options.values())))):
         MoMConfig(**options)
+
+
+def wire(rank: int, world_size: int, length: int) -> list[dict[str, int]]:
+    """Bytes received by label: in the forward, and in a backward that recomputes the layer."""
+    comm, module = Comm(dist.group.WORLD), make_module("published")
+    layout = SequenceLayout.contiguous(length, world_size)
+    shard = RankShard(layout, Documents((0, length)), comm, AllGather(comm), AllGatherAttention(comm))
+    x = tokens(length, torch.Generator().manual_seed(0))[slice(*layout.parts[rank][0])].requires_grad_()
+    received = []
+    comm.ledger.reset()
+    y, _ = recompute.checkpoint(module, x, shard)
+    received.append({label: count.bytes for (label, _), count in comm.ledger.counts.items()})
+    comm.ledger.reset()
+    y.square().sum().backward()
+    received.append({label: count.bytes for (label, _), count in comm.ledger.counts.items()})
+    return received
+
+
+@pytest.mark.parametrize("length", (20, 60))
+def test_tails_and_states_travel_once_whatever_the_length(length: int) -> None:
+    module = make_module("published")
+    memories, heads, width = 5, 2, 4
+    state = memories * heads * 2 * width * width  # U [K, V] and M [K, K] of each head of each memory
+    tail = memories * 3 * sum(module.widths)
+    for forward, backward in run_ranks(wire, 2, length=length):
+        assert forward == {"prefix forward": 8 * (tail + memories), "state forward": 8 * state}
+        assert backward == {"prefix backward": 8 * tail, "state backward": 8 * state}
