@@ -139,7 +139,7 @@ class Pool:
             if not ready:
                 break
             for channel in ready:
-                rank = waiting[channel]  # type: ignore[index]
+                rank = waiting[channel]
                 try:
                     answers[rank] = Answer(*self.channels[rank].recv())
                 except (EOFError, ConnectionResetError):

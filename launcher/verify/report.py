@@ -56,7 +56,6 @@ def summarise(console: Console, verdicts: Sequence[Verdict]) -> None:
         rows[verdict.cell.mixer, verdict.cell.engine].append(verdict)
     engines = list(dict.fromkeys(engine for _, engine in rows))
     mixers = sorted({mixer for mixer, _ in rows})
-    recurrent = [engine for engine in engines]
     table = Table(title="cells passed / run, and the worst relative error", title_justify="left")
     table.add_column("mixer")
     for name in ("cells", "passed", "failed", "refused"):
@@ -64,7 +63,7 @@ def summarise(console: Console, verdicts: Sequence[Verdict]) -> None:
     table.add_column("worst fp64", justify="right")
     table.add_column("worst fp32", justify="right")
     for mixer in mixers:
-        own = [verdict for engine in recurrent for verdict in rows.get((mixer, engine), ())]
+        own = [verdict for engine in engines for verdict in rows.get((mixer, engine), ())]
         counts = Counter(verdict.status for verdict in own)
         style = "red" if counts[FAILED] else ""
         worst = [_worst(own, dtype) for dtype in ("fp64", "fp32")]

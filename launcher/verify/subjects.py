@@ -79,6 +79,8 @@ REMEMBER: dict[str, dict[str, tuple[float, float]]] = {
     "rwkv6": {"decay_up.bias": (-8, -5)},
     "rwkv7": {"decay_up.bias": (-9, -6)},
 }
+# Mixers whose tokens choose the shapes they are computed in, so that a document may change the last bits of another.
+ROUTED = ("mom",)
 USUAL = {"A_log": (-6.0, -4.0), "log_A_real": (-4.0, -2.0)}
 
 WINDOW = "attention_window"
@@ -92,6 +94,7 @@ class Subject(NamedTuple):
         name: in cells and in `--mixer`.
         recurrent, masks: what it needs from an engine: state along the sequence, softmax attention of these masks.
         make: a fresh module, parameters seeded, in float32.
+        static: shapes do not depend on values, so one document may not change a bit of another.
         is_model: a whole language model, verified through an optimizer step.
     """
 
@@ -99,6 +102,7 @@ class Subject(NamedTuple):
     recurrent: bool
     masks: tuple[Mask, ...]
     make: Callable[[], nn.Module]
+    static: bool = True
     is_model: bool = False
 
 
@@ -117,13 +121,13 @@ def subject(name: str) -> Subject:
     shard = _Watching(Documents((0, 3, 10)))
     with torch.no_grad():
         make()(torch.zeros(10, WIDTH), shard, None)
-    return Subject(name, shard.recurrent, tuple(shard.masks), make)
+    return Subject(name, shard.recurrent, tuple(shard.masks), make, name not in ROUTED)
 
 
 def _registered(name: str) -> nn.Module:
     mixer = "attention" if name == WINDOW else name
     options = {"attention": AttentionConfig(window=9)} if name == WINDOW else {}
-    return prepared(MIXERS[mixer].build(ModelConfig(**{**CONFIG, **options}), LAYER), REMEMBER.get(mixer, {}))  # type: ignore[arg-type]
+    return prepared(MIXERS[mixer].build(ModelConfig(**{**CONFIG, **options}), LAYER), REMEMBER.get(mixer, {}))
 
 
 def _own(found: type, hidden_size: int = WIDTH) -> nn.Module:
@@ -135,12 +139,12 @@ def prepared(module: nn.Module, slow: dict[str, tuple[float, float]]) -> nn.Modu
     """Initialised, moved off special values, with gates that remember. The same on every rank."""
     torch.manual_seed(0)
     if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+        module.reset_parameters()  # type: ignore[operator]
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         if hasattr(module, "remember"):
-            module.remember()
+            module.remember()  # type: ignore[operator]
             return module
         for name, parameter in module.named_parameters():
             for slow_name, (low, high) in {**USUAL, **slow}.items():
@@ -165,7 +169,8 @@ def load(path: str) -> type:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"--module {path!r} cannot be imported ({error}): give a module on the path or below this folder.") from error
+        where = "give a module on the path or below this folder"
+        raise UserError(f"--module {path!r} cannot be imported ({error}): {where}.") from error
     except AttributeError:
         raise UserError(f"--module {path!r}: {module_name} has no {class_name!r}.") from None
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -79,7 +79,8 @@ def questions(ranks: Sequence[int], engines: Sequence[str]) -> Iterator[Question
     everything = [("exchange", name) for name in EXCHANGES if name not in CHOICES] + [("attention", name) for name in ENGINES]
     wanted = [(kind, name) for kind, name in everything if not engines or name in engines]
     if not wanted:
-        raise UserError(f"--engine {engines[0]!r} has no formula of its own: choose from {', '.join(name for _, name in everything)}.")
+        known = ", ".join(dict.fromkeys(name for _, name in everything))
+        raise UserError(f"--engine {engines[0]!r} has no formula of its own: choose from {known}.")
     for size, (kind, name), layout, table in itertools.product(ranks, wanted, LAYOUTS, TABLES):
         if layout_of(layout, size) is not None:
             yield Question(kind, name, layout, table, size)
@@ -110,7 +111,8 @@ def _chunks(total: int, pieces: int) -> list[range]:
 def _count_exchange(
     name: str, documents: Documents, layout: SequenceLayout, comm: Comm, inner: Comm, outer: Comm
 ) -> Counted:
-    options = {"all_scan": {"blocks": 2}, "hierarchical": {"intra": inner, "inter": outer, "across": "ring"}}
+    levels = {"intra": inner, "inter": outer, "across": "ring"}
+    options: dict[str, dict[str, Any]] = {"all_scan": {"blocks": 2}, "hierarchical": levels}
     exchange = make_exchange(name, comm, **options.get(name, {}))
     try:
         exchange.check(layout)
@@ -207,7 +209,10 @@ def _row(kind: str, engine: str, size: int, own: Sequence[Question], pool: Pool)
                     )
     if not cases and not message:
         message = "nothing was counted"
-    return Row(kind, engine, size, cases, *totals, not message, message)
+    messages, messages_formula, size_received, size_formula = totals
+    return Row(
+        kind, engine, size, cases, messages, messages_formula, size_received, size_formula, not message, message
+    )
 
 
 def summarise(console: Console, rows: Sequence[Row]) -> None:
