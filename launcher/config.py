@@ -45,6 +45,10 @@ class ParallelConfig:
     sequence_parallel_size: int = 1
     """Processes that share the tokens of each stream."""
 
+    sequence_inner_size: int | None = None
+    """Neighbours of a sequence that share a node, for engines with two levels (exchange hierarchical, attention usp); the
+    most that fit the processes of a machine if left out."""
+
     expert_parallel_size: int = 1
     """Processes that share experts; only 1 yet."""
 
@@ -55,13 +59,15 @@ class ParallelConfig:
     """In which type fsdp gathers parameters: fp32 or bf16. Gradients are summed in fp32 in any case."""
 
     exchange: str = "all_gather"
-    """How recurrent states travel between processes of a sequence."""
+    """How recurrent states travel between processes of a sequence: all_gather (LASP-2), ring (LASP), all_scan (ZeCO),
+    log_scan, hierarchical, or auto, which measures and picks."""
 
     attention: str = "all_gather"
-    """How softmax attention reaches keys and values of other processes."""
+    """How softmax attention reaches keys and values of other processes: all_gather, ring, ulysses, usp or rsa."""
 
     layout: str = "contiguous"
-    """How the tokens of a stream are spread over the processes of a sequence."""
+    """How the tokens of a stream are spread over the processes of a sequence: contiguous, zigzag, striped,
+    contiguous_per_document or zigzag_per_document."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "expert"):

@@ -58,6 +58,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
         init_method="env://",
         device=config.train.device,
         timeout=config.train.timeout,
+        local_world_size=int(environment.get("LOCAL_WORLD_SIZE", world_size)),
     )
     try:
         trainer = Trainer(config, runtime, stop_signal=lambda: stop.signal)

@@ -18,7 +18,7 @@ from longhaul.models.ops.segments import Documents
 from longhaul.parallel.checkpoint import Checkpoints, SaveError
 from longhaul.parallel.comm import Comm, Ledger
 from longhaul.parallel.data import DataParallel
-from longhaul.parallel.engine import SequenceParallel
+from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
 from longhaul.parallel.mesh import ParallelMesh
 from longhaul.parallel.runtime import Runtime
 
@@ -74,6 +74,7 @@ class Trainer:
             config.parallel.exchange,
             config.parallel.attention,
             config.parallel.layout,
+            levels=self._levels(),
         )
         if config.model.vocab_size < self.data.tokenizer.vocab_size:
             raise UserError(
@@ -114,6 +115,17 @@ class Trainer:
         self.messages: list[str] = []
         self._resume()
         runtime.on_main(lambda: claim_folder(config, self.parameters))
+
+    def _levels(self) -> tuple[Comm, Comm] | None:
+        """Groups inside and across nodes of this sequence group, if an engine may want them."""
+        size = self.mesh.degrees.sequence
+        inner = self.config.parallel.sequence_inner_size
+        if inner is None:
+            if not {self.config.parallel.exchange, self.config.parallel.attention} & TWO_LEVELS:
+                return None
+            inner = max(n for n in range(1, size + 1) if size % n == 0 and n <= self.runtime.local_world_size)
+        inside, across = self.mesh.sequence_levels(inner)
+        return Comm(inside, self.ledger), Comm(across, self.ledger)
 
     def _resume(self) -> None:
         checkpoint, self.messages = self.runtime.on_main(lambda: find_start(self.config, self.fingerprint))

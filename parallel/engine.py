@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import SequenceShard, WholeSequence
 
-from .attention.registry import make_attention
+from .attention.registry import ENGINES, make_attention
 from .comm import Comm, Ledger
-from .exchange.registry import make_exchange
+from .exchange.all_gather import AllGather
+from .exchange.registry import EXCHANGES, make_exchange
 from .layout import SequenceLayout, check_recurrent, layout_kind
 from .shard import RankShard
+
+TWO_LEVELS = {"hierarchical", "usp"}  # engines that cannot do without groups inside and across nodes
 
 
 class SequenceParallel:
@@ -26,7 +30,8 @@ class SequenceParallel:
         exchange: how recurrent states travel, by name (`longhaul.parallel.exchange.registry`).
         attention: how softmax attention reaches other ranks, by name (`longhaul.parallel.attention.registry`).
         layout: how tokens are spread, by name (`longhaul.parallel.layout`).
-        exchange_options, attention_options, layout_options: of their own (groups, slices, stripes).
+        levels: the ranks of this node, and the ranks with this one's index in their nodes; for two-level engines.
+        exchange_options, attention_options, layout_options: of their own (slices, stripes).
     """
 
     def __init__(
@@ -36,14 +41,19 @@ class SequenceParallel:
         attention: str = "all_gather",
         layout: str = "contiguous",
         *,
+        levels: tuple[Comm, Comm] | None = None,
         exchange_options: Mapping[str, Any] | None = None,
         attention_options: Mapping[str, Any] | None = None,
         layout_options: Mapping[str, Any] | None = None,
     ) -> None:
         layout_kind(layout)
         self.comm, self.layout_name, self.layout_options = comm, layout, dict(layout_options or {})
-        self.exchange = make_exchange(exchange, comm, **(exchange_options or {}))
-        self.attention = make_attention(attention, comm, **(attention_options or {}))
+        groups = dict(zip(("intra", "inter"), levels or ()))
+        known = EXCHANGES.get(exchange, AllGather)
+        self.exchange = make_exchange(exchange, comm, **_accepted(known, groups), **(exchange_options or {}))
+        groups = dict(zip(("inner", "outer"), levels or ()))
+        known = ENGINES.get(attention, AllGather)
+        self.attention = make_attention(attention, comm, **_accepted(known, groups), **(attention_options or {}))
 
     def check(self, recurrent: bool, masks: Iterable[Mask] = ()) -> None:
         """Refuse, before the first step and with a `UserError`, a model that these engines cannot serve.
@@ -85,3 +95,8 @@ class SequenceParallel:
             return WholeSequence(documents, device, keep_state)
         layout = self.layout(documents)
         return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state)
+
+
+def _accepted(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that a factory takes: only two-level engines ask for groups inside and across nodes."""
+    return {name: value for name, value in options.items() if name in inspect.signature(factory).parameters}

@@ -109,6 +109,30 @@ class ParallelMesh:
         if self.gradient_mesh is not None:
             self.gradient_group = self.gradient_mesh.get_group()
 
+    def sequence_levels(self, inner: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Groups of `inner` neighbours inside a sequence group, and of the ranks with one index in theirs.
+
+        Every process of the job calls this, in the same order. A group of one process is None.
+
+        Raises:
+            UserError: `inner` does not divide the sequence group.
+        """
+        size = self.degrees.sequence
+        if inner < 1 or size % inner:
+            raise UserError(
+                f"parallel.sequence_inner_size {inner} does not divide parallel.sequence_parallel_size {size}: "
+                f"give one of {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}."
+            )
+        rows = torch.tensor(self.members("sequence")).reshape(-1, size // inner, inner)
+        levels: list[dist.ProcessGroup | None] = []
+        for groups in (rows.reshape(-1, inner), rows.transpose(1, 2).reshape(-1, size // inner)):
+            own = None
+            for ranks in groups.tolist() if groups.shape[1] > 1 else []:
+                group = dist.new_group(ranks)
+                own = group if self.rank in ranks else own
+            levels.append(own)
+        return levels[0], levels[1]
+
     @property
     def data_rank(self) -> int:
         """Which streams this process reads."""

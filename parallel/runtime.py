@@ -29,6 +29,7 @@ class Runtime:
         init_method: how processes find each other, a URL that torch.distributed knows (`env://`, `tcp://`, `file://`).
         device: "cpu", "cuda" or "auto" (cuda where there is a GPU).
         timeout: seconds to wait for another process before failing.
+        local_world_size: processes on this machine; all of them if left out.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Runtime:
         init_method: str = "env://",
         device: str = "auto",
         timeout: float = 300.0,
+        local_world_size: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.local_world_size = local_world_size or world_size
         self.timeout = timedelta(seconds=timeout)
         self.device = _device(device, local_rank)
         self._owns_group = False

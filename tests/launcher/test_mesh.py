@@ -9,7 +9,7 @@ import torch.distributed as dist
 from longhaul.models.errors import UserError
 from longhaul.parallel.mesh import Degrees, ParallelMesh
 from longhaul.parallel.runtime import Runtime
-from tests.harness import run_ranks
+from tests.harness import RankError, run_ranks
 
 
 def test_data_degree_is_derived() -> None:
@@ -121,3 +121,15 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Runtime().device.type == "cpu"
     with pytest.raises(UserError, match=r"train.device is cuda, but torch sees no GPU"):
         Runtime(device="cuda")
+
+
+def levels(rank: int, world_size: int, inner: int) -> list[list[int]]:
+    groups = ParallelMesh(Degrees(sequence=world_size), rank).sequence_levels(inner)
+    return [[] if group is None else dist.get_process_group_ranks(group) for group in groups]
+
+
+def test_a_sequence_group_has_two_levels() -> None:
+    assert run_ranks(levels, 4, inner=2) == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
+    assert run_ranks(levels, 4, inner=4)[1] == [[0, 1, 2, 3], []]
+    with pytest.raises(RankError, match=r"sequence_inner_size 3 does not divide .* 4: give one of 1, 2, 4"):
+        run_ranks(levels, 4, inner=3)

@@ -84,3 +84,22 @@ def test_the_adamw_curve_is_the_same(tmp_path: Path) -> None:
     one, four = (outcome(topology, tmp_path / topology)["losses"] for topology in ("sp1", "sp4"))
     assert max(abs(a - b) for a, b in zip(one, four)) < 2e-3
     assert one[-1] < one[0] - 0.5
+
+
+ENGINES = [
+    ("ring", "ring", "zigzag"),
+    ("hierarchical", "usp", "contiguous"),
+    ("auto", "ulysses", "contiguous_per_document"),
+]
+
+
+@pytest.mark.parametrize("exchange, attention, layout", ENGINES, ids=["-".join(names) for names in ENGINES])
+def test_any_engine_is_the_same_job(
+    exchange: str, attention: str, layout: str, one_process: dict[str, Any], tmp_path: Path
+) -> None:
+    names = ("--parallel.exchange", exchange, "--parallel.attention", attention, "--parallel.layout", layout)
+    options = (*names, "--parallel.sequence_inner_size", "2", "--train.steps", "2")
+    found = outcome("sp4", tmp_path, *PLAIN_SGD, *options)
+    for name, gradient in one_process["first"].items():
+        assert_close(found["first"][name], gradient, f"gradient of {name} at step 1")
+    assert_close(torch.tensor(found["norms"]), torch.tensor(one_process["norms"][:2]), "gradient norms")
