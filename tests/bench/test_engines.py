@@ -1,0 +1,132 @@
+"""`longhaul bench engines`: a tiny run of each of its forms, and its arithmetic. Nothing is said about times."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.launcher.bench import engines, regret
+from longhaul.launcher.bench.cli import main
+from longhaul.launcher.bench.engine_ranks import Layer, Phases, linear_slept, measure_phases
+from longhaul.models.errors import UserError
+from longhaul.parallel.comm import Comm
+from longhaul.parallel.exchange.cost import FLAT
+
+SMALL = ["--heads", "2", "--width", "4", "--repeats", "1"]
+STATE = 2 * 4 * 4 * 4  # bytes
+
+
+def test_a_table_of_computed_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    arguments = ["--lengths", "6", "9", "--exchanges", "all_gather", "ring", "all_scan", "--attention", "ring"]
+    assert main(["engines", *arguments, *SMALL, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["layer"], row["engine"]) for row in rows[:4]] == [
+        *(("linear", name) for name in ("all_gather", "ring", "all_scan")),
+        ("softmax", "ring"),
+    ]
+    assert [row["tokens"] for row in rows] == [6] * 4 + [9] * 4
+    # Each way, a gather brings every rank the other's state; a ring brings it to one of two.
+    assert [row["bytes"] for row in rows[:2]] == [2 * STATE, STATE]
+    # Keys and values of 3 tokens forward, and backward again with their gradients home.
+    assert rows[3]["bytes"] > 2 * 3 * STATE / 4
+    assert all(row["total_s"] > 0 and row["overhead_s"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "one kernel for all, computed" in printed and "softmax ring attention" in printed
+
+
+def test_a_table_of_slept_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    arguments = ["--lengths", "9", "--exchanges", "ring_blocking", "auto", "--compute", "sleep", "--delay", "1"]
+    assert main(["engines", "--ranks", "3", *arguments, *SMALL, "--json", str(path)]) == 0
+    assert [row["engine"] for row in json.loads(path.read_text())["rows"]] == ["ring_blocking", "auto"]
+    printed = capsys.readouterr().out
+    assert "emulated wire, 1 ms" in printed and "slept" in printed
+
+
+def test_regret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    arguments = ["--regret", "--lengths", "4", "--delays", "1", "--bandwidths", "100"]
+    assert main(["engines", *arguments, *SMALL, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert set(row["times_s"]) == {*FLAT, "auto"}
+    assert set(row["picked"]) <= set(FLAT) and row["best"] in FLAT
+    assert row["regret"] == max(0.0, row["times_s"]["auto"] / row["times_s"][row["best"]] - 1)
+    assert "auto over the best exchange, 1 cells" in capsys.readouterr().out
+
+
+def test_the_slowest_rank_sets_a_time_and_the_median_repeat_counts() -> None:
+    fast = {"pairs": [(5.0, 4.0, 1.0), (50.0, 4.0, 1.0), (6.0, 4.0, 1.0)], "messages": 1, "bytes": 10}
+    slow = {"pairs": [(7.0, 3.0, 2.0), (8.0, 3.0, 2.0), (9.0, 3.0, 0.0)], "messages": 2, "bytes": 5}
+    assert engines.combine([fast, slow]) == {
+        "total_s": 9.0,
+        "overhead_s": 2.0,
+        "compute_s": 2.0,
+        "exposed_s": 5.0,
+        "messages": 2,
+        "bytes": 10,
+    }
+
+
+def _row(layer: str, engine: str, seconds: float) -> dict[str, Any]:
+    return {"layer": layer, "engine": engine, "ranks": 2, "tokens": 64, "total_s": seconds}
+
+
+def test_claims_are_ratios_of_speeds() -> None:
+    rows = [_row("linear", "all_gather", 2.0), _row("linear", "ring_blocking", 2.5), _row("softmax", "ring", 3.0)]
+    lasp, ring = engines.claims(rows)
+    assert "as published" in lasp and lasp.endswith("P = 2, 64 tokens: +25.0%")
+    assert "softmax ring attention" in ring and ring.endswith("P = 2, 64 tokens: +50.0%")
+
+
+def test_summary_of_regrets() -> None:
+    times = {"all_gather": 1.0, "ring": 2.0, "all_scan": 1.5, "log_scan": 1.0}
+    rows = [
+        {"times_s": times, "best": "all_gather", "regret": 0.1, "regret_of_pick": 0.5},
+        {"times_s": times, "best": "all_gather", "regret": 0.3, "regret_of_pick": None},
+    ]
+    lines = regret.summary(rows).splitlines()
+    assert lines[0] == "auto over the best exchange, 2 cells: median 20.0%, worst 30.0%"
+    assert lines[1] == "by the time of what it picked, 1 cells: median 50.0%, worst 50.0%"
+    assert "ring everywhere: median 100.0%, worst 100.0%" in lines
+
+
+def test_sleeps_stand_around_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    class Noted:
+        def start(self, maps: Any, chain: Any, initial: Any, reverse: bool) -> "Noted":
+            events.append("reverse" if reverse else "start")
+            return self
+
+        def wait(self) -> None:
+            events.append("wait")
+
+    monkeypatch.setattr("time.sleep", events.append)
+    linear_slept(Layer(1, 2), Comm(None), Noted(), 4, Phases(1, 2, 3, 4, 5, 6))()  # type: ignore[arg-type]
+    assert events == [1, "start", 2, "wait", 3, 4, "reverse", 5, "wait", 6]
+
+
+def test_phases_are_measured() -> None:
+    assert min(measure_phases(Layer(1, 4), 3, repeats=1)) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], r"--ranks is \[1\]: give at least 2"),
+        (["--ranks", "4", "--lengths", "3"], r"--lengths is \[3\]: give at least 4"),
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--delay", "-1"], "--delay is below 0"),
+    ],
+)
+def test_mistakes_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["engines", *arguments])
+
+
+def test_two_level_engines_are_not_offered() -> None:
+    options: argparse.Namespace = engines._arguments([])
+    assert "hierarchical" not in options.exchanges and "auto" in options.exchanges
