@@ -14,7 +14,6 @@ from longhaul.models.sequence import SequenceShard, WholeSequence
 
 from .attention.registry import ENGINES, make_attention
 from .comm import Comm, Ledger
-from .exchange.all_gather import AllGather
 from .exchange.registry import EXCHANGES, make_exchange
 from .layout import SequenceLayout, check_recurrent, layout_kind
 from .shard import RankShard
@@ -48,12 +47,12 @@ class SequenceParallel:
     ) -> None:
         layout_kind(layout)
         self.comm, self.layout_name, self.layout_options = comm, layout, dict(layout_options or {})
-        groups = dict(zip(("intra", "inter"), levels or ()))
-        known = EXCHANGES.get(exchange, AllGather)
-        self.exchange = make_exchange(exchange, comm, **_accepted(known, groups), **(exchange_options or {}))
-        groups = dict(zip(("inner", "outer"), levels or ()))
-        known = ENGINES.get(attention, AllGather)
-        self.attention = make_attention(attention, comm, **_accepted(known, groups), **(attention_options or {}))
+        inside = dict(zip(("intra", "inter"), levels or ()))
+        options = {**_accepted(EXCHANGES.get(exchange), inside), **(exchange_options or {})}
+        self.exchange = make_exchange(exchange, comm, **options)
+        inside = dict(zip(("inner", "outer"), levels or ()))
+        options = {**_accepted(ENGINES.get(attention), inside), **(attention_options or {})}
+        self.attention = make_attention(attention, comm, **options)
 
     def check(self, recurrent: bool, masks: Iterable[Mask] = ()) -> None:
         """Refuse, before the first step and with a `UserError`, a model that these engines cannot serve.
@@ -97,6 +96,7 @@ class SequenceParallel:
         return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state)
 
 
-def _accepted(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted(factory: Callable[..., Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `options` that a factory takes: only two-level engines ask for groups inside and across nodes."""
-    return {name: value for name, value in options.items() if name in inspect.signature(factory).parameters}
+    known = inspect.signature(factory).parameters if factory is not None else {}
+    return {name: value for name, value in options.items() if name in known}
