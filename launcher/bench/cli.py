@@ -11,6 +11,7 @@ from longhaul.models.errors import UserError
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("longhaul.launcher.bench.step", "a training step beside Hugging Face's, on the same weights"),
     "overlap": ("longhaul.launcher.bench.overlap", "how much of a slow wire's delay a step feels"),
+    "engines": ("longhaul.launcher.bench.engines", "exchanges and attention engines by length and ranks, and `auto`"),
     "wire": ("longhaul.launcher.bench.wire", "counted bytes beside the operating system's counters"),
 }
 
