@@ -11,9 +11,11 @@ from .mixers.deltanet import DeltaNetConfig
 from .mixers.gated_deltanet import GatedDeltaNetConfig
 from .mixers.gla import GLAConfig
 from .mixers.hgrn2 import HGRN2Config
+from .mixers.jrt import JRTConfig
 from .mixers.kimi_delta import KimiDeltaConfig
 from .mixers.lightning import LightningConfig
 from .mixers.linear_attention import LinearAttentionConfig
+from .mixers.longvq import LongVQConfig
 from .mixers.mamba1 import Mamba1Config
 from .mixers.mamba2 import Mamba2Config
 from .mixers.memmamba import MemMambaConfig
@@ -49,6 +51,8 @@ LINEAR_MIXERS = (
     "mom",
     "paragru",
     "paralstm",
+    "jrt",
+    "longvq",
 )
 LETTERS = "LNM*-"
 
@@ -156,6 +160,12 @@ class ModelConfig:
 
     paralstm: ParaLSTMConfig = field(default_factory=ParaLSTMConfig)
     """ParaLSTM."""
+
+    jrt: JRTConfig = field(default_factory=JRTConfig)
+    """Prefix linear attention."""
+
+    longvq: LongVQConfig = field(default_factory=LongVQConfig)
+    """Attention to vector-quantised keys."""
 
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture of experts."""

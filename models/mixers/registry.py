@@ -13,9 +13,11 @@ from .deltanet import DeltaNet
 from .gated_deltanet import GatedDeltaNet
 from .gla import GLA
 from .hgrn2 import HGRN2
+from .jrt import JRT
 from .kimi_delta import KimiDelta
 from .lightning import Lightning
 from .linear_attention import LinearAttention
+from .longvq import LongVQ
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .memmamba import MemMamba
@@ -76,4 +78,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "mom": MoM,
     "paragru": ParaGRU,
     "paralstm": ParaLSTM,
+    "jrt": JRT,
+    "longvq": LongVQ,
 }
