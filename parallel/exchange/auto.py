@@ -49,8 +49,8 @@ class Auto(Exchange):
 
     Args:
         intra: the ranks of this node, and `inter`: the ranks with this one's index in their nodes. With them,
-            `hierarchical` (all-gather inside, all-scan across) is a candidate.
-        latency_s, bytes_per_s: of a message; given together, nothing is probed. (Not with intra and inter.)
+            `hierarchical` (all-gather inside, all-scan across) is a candidate, if there are nodes of several ranks.
+        latency_s, bytes_per_s: of a message, everywhere; given together, nothing is probed and `hierarchical` is out.
         local_s_per_token: seconds of local work a token; None: measured.
     """
 
@@ -71,8 +71,8 @@ class Auto(Exchange):
             raise UserError(
                 f"Exchange 'auto' got latency_s {latency_s} and bytes_per_s {bytes_per_s}: give both, or none to measure."
             )
-        if (intra is None) != (inter is None) or (intra is not None and latency_s is not None):
-            raise UserError("Exchange 'auto' takes intra and inter together, and then measures: leave out latency_s.")
+        if (intra is None) != (inter is None):
+            raise UserError("Exchange 'auto' got one of the groups intra and inter: give both, or none.")
         self.comm, self.intra, self.inter = comm, intra, inter
         self.network: Network | None = None
         self.levels: Levels | None = None
@@ -126,7 +126,7 @@ class Auto(Exchange):
 
     def _probe(self, device: torch.device) -> None:
         self.network = probe(self.comm, device)
-        if self.intra is not None and self.inter is not None:
+        if self.intra is not None and self.inter is not None and min(self.intra.size, self.inter.size) > 1:
             inside, across = probe(self.intra, device), probe(self.inter, device)
             self.levels = Levels(self._agree(inside, device), self._agree(across, device))
 
