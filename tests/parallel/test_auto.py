@@ -1,6 +1,7 @@
 """`auto`: the least of the cost model, alike on all ranks, and as exact as what it picks."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,7 +84,9 @@ def test_hops_of_chains() -> None:
     assert hops(SequenceLayout.contiguous(16, 4, (8, 0, 8, 0)).chain(documents)) == 1
 
 
-def test_crossover_prints_every_link() -> None:
+def test_crossover_is_what_the_docs_print(capsys: pytest.CaptureFixture[str]) -> None:
+    cost.main()
+    assert capsys.readouterr().out in (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
     lines = list(cost.crossover())
     assert sum(line.startswith("| 25 GB/s") for line in lines) == 3 * len(cost.SIZES)
     names = {cell.split()[0] for line in lines if line.startswith("| ") for cell in line.split("|")[3:-1]}
