@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .ffn import SwiGLU
-from .mixers.memmamba import MemMamba
 from .mixers.registry import MIXERS
 from .moe import MoE
 from .norm import RMSNorm
@@ -65,15 +64,19 @@ class Block(nn.Module):
         if self.mixer is not None:
             assert self.mixer_norm is not None
             normed = self.mixer_norm(x)
-            if isinstance(self.mixer, MemMamba):
+            # Optional plug points: a mixer may read earlier layers' pools, and may have a loss of its own.
+            if hasattr(self.mixer, "recall"):
                 y, state, pool = self.mixer.recall(normed, shard, state, memory)
             else:
                 y, state = self.mixer(normed, shard, state)
+            if hasattr(self.mixer, "auxiliary"):
+                aux = self.mixer.auxiliary(normed, shard)
             x = x + y
         if self.ffn is not None:
             assert self.ffn_norm is not None
             if isinstance(self.ffn, MoE):
-                y, aux = self.ffn(self.ffn_norm(x), shard)
+                y, extra = self.ffn(self.ffn_norm(x), shard)
+                aux = extra if aux is None else aux if extra is None else aux + extra
             else:
                 y = self.ffn(self.ffn_norm(x))
             x = x + y

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .balance import routing_means
 from .errors import UserError
 from .ffn import SwiGLU
 from .sequence import SequenceShard
@@ -121,12 +122,7 @@ class MoE(nn.Module):
         config = self.config
         if not config.balance_weight and not config.z_weight:
             return None
-        counts = torch.zeros_like(probabilities).scatter(1, chosen, 1.0)
-        columns = torch.cat([counts, probabilities, logits.logsumexp(-1, keepdim=True).square()], dim=1)
-        totals = shard.total(columns, per="document")  # [T, 2 E + 1] -> [documents, 2 E + 1]
-        bounds = shard.documents.bounds
-        lengths = totals.new_tensor([stop - start for start, stop in zip(bounds, bounds[1:])])[:, None]
-        f, P, z = (totals / lengths).split([config.num_experts, config.num_experts, 1], dim=1)
+        f, P, z = routing_means(probabilities, chosen, shard, logits.logsumexp(-1, keepdim=True).square())
         balance = config.num_experts / config.top_k * (f.detach() * P).sum(1)
         return config.balance_weight * balance + config.z_weight * z[:, 0]
 

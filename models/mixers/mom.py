@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..balance import routing_means
 from ..errors import UserError
 from ..norm import RMSNorm
 from ..ops.convolution import causal_conv
@@ -273,11 +274,7 @@ class MoM(nn.Module):
             return None
         probabilities = self.probabilities(x)
         _, chosen = choose(probabilities, config.top_k)
-        counts = torch.zeros_like(probabilities).scatter(1, chosen, 1.0)
-        totals = shard.total(torch.cat([counts, probabilities], dim=1), per="document")  # [T, 2 M] -> [documents, 2 M]
-        bounds = shard.documents.bounds
-        lengths = totals.new_tensor([stop - start for start, stop in zip(bounds, bounds[1:])])[:, None]
-        f, P = (totals / lengths).chunk(2, dim=1)
+        f, P = routing_means(probabilities, chosen, shard)
         return config.balance_weight * config.num_memories / config.top_k * (f.detach() * P).sum(1)
 
     def flops_per_token(self, seq_length: int) -> int:

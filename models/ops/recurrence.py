@@ -259,6 +259,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dS_end: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dout.device.type, enabled=False):
+            return _Scan._backward(ctx, dout, dS_end)
+
+    @staticmethod
+    def _backward(ctx: Any, dout: Tensor, dS_end: Tensor | None) -> tuple[Tensor | None, ...]:
         op, segments, carry = ctx.op, ctx.segments, ctx.carry
         *tensors, S_in, out = ctx.saved_tensors
         x, saved = tuple(tensors[: ctx.num_x]), tuple(tensors[ctx.num_x :])
