@@ -51,9 +51,9 @@ LINEAR_MIXERS = (
     "mom",
     "paragru",
     "paralstm",
-    "jrt",
     "longvq",
 )
+PREFIX_MIXERS = ("jrt",)  # not causal inside a document's prefix, so a stream cannot be cut there
 LETTERS = "LNM*-"
 
 
@@ -177,8 +177,9 @@ class ModelConfig:
         unknown = sorted(set(self.pattern) - set(LETTERS))
         if unknown or not self.pattern:
             raise UserError(f"model.pattern {self.pattern!r} may only use the letters {' '.join(LETTERS)}.")
-        if self.linear_mixer not in LINEAR_MIXERS:
-            raise UserError(f"model.linear_mixer {self.linear_mixer!r} is none of {', '.join(LINEAR_MIXERS)}.")
+        known = (*LINEAR_MIXERS, *PREFIX_MIXERS)
+        if self.linear_mixer not in known:
+            raise UserError(f"model.linear_mixer {self.linear_mixer!r} is none of {', '.join(known)}.")
         if self.ffn not in ("swiglu", "moe"):
             raise UserError(f"model.ffn {self.ffn!r} is neither swiglu nor moe.")
         if self.hidden_size % self.num_heads:

@@ -14,9 +14,9 @@ Every token of a document reads its whole prefix, those inside the prefix too: J
 the prefix it is causal.
 
 On ranks: the prefix's totals are `shard.document_sum`, one all-reduce of [documents that cross ranks, H, K, V + 1] numbers;
-the rest is the usual exchange. A document's prefix lies in the stream in which the document starts: when that ends, by choice
-or because a prompt is shorter than M, the prefix ends too. Its total is then state, which travels by a second scan; only
-streams that continue or are continued pay for it.
+the rest is the usual exchange. A document's prefix lies in the stream in which the document starts. A prompt shorter than M
+is a prefix as it is, and what is generated after it is none; in training, a border inside a prefix is refused, since it would
+change the model. In streams that continue or are continued the prefix's total is state, and travels by a second scan.
 
 What the reference leaves open: no norm and no gate, as in Based; matrices start Xavier-uniform with gain 2 ** -2.5.
 
@@ -76,7 +76,7 @@ class JRTState(NamedTuple):
 
 
 class JRT(nn.Module):
-    """[T, D] -> [T, D]."""
+    """[T, D] -> [T, D]. In training, a stream may not start inside a document's prefix."""
 
     def __init__(self, hidden_size: int, num_heads: int, config: JRTConfig) -> None:
         super().__init__()
@@ -107,6 +107,12 @@ class JRT(nn.Module):
         return 1 + width + width * (width + 1) // 2 if self.config.feature_map == "taylor" else width
 
     def forward(self, x: Tensor, shard: SequenceShard, state: JRTState | None = None) -> tuple[Tensor, JRTState]:
+        earlier = shard.documents.first_position
+        if self.training and 0 < earlier < self.config.prefix_length:
+            raise UserError(
+                f"A stream begins at position {earlier} of a document, inside its prefix of {self.config.prefix_length} "
+                "tokens; JRT reads a prefix as a whole, so take longer streams or a smaller jrt.prefix_length."
+            )
         q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in self.qkv(x).split(self.widths, dim=-1))
         k_e, v_e = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in self.kv_prefix(x).split(self.widths[1:], dim=-1))
         q, k, k_e = (self.features(tensor) for tensor in (q, k, k_e))
@@ -115,7 +121,7 @@ class JRT(nn.Module):
         sums, S = shard.scan(op, (q, k, v, None), None if state is None else state.S)
         read = self.read_prefix(q, k_e, v_e, shard)
         prefix = None
-        if shard.keep_state or shard.documents.first_position:
+        if shard.keep_state or earlier:
             inside = prefix_mask(shard, self.config.prefix_length)[:, None, None]
             carried, prefix = shard.scan(op, (q, k_e * inside, v_e, None), None if state is None else state.prefix)
             read = torch.where(_continued(shard)[:, None, None], carried, read)  # of a document that began in this stream: all

@@ -14,6 +14,7 @@ from longhaul.models.errors import UserError
 from longhaul.models.mixers.paragru import ParaGRUConfig, ParaRNN
 from longhaul.models.mixers.paralstm import ParaLSTMConfig
 from longhaul.models.mixers.registry import MIXERS as REGISTRY
+from longhaul.models.ops import recompute
 from longhaul.models.ops.newton.naive import recurrence
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
@@ -129,6 +130,29 @@ def test_a_step_is_one_exchange(mixer: str) -> None:
     assert short == long
     assert sum(calls for _, calls, _ in short) == 4
     assert sum(size for _, _, size in short) == 4 * entries * 8
+
+
+def recomputed(rank: int, world_size: int, mixer: str, activation_checkpointing: str) -> tuple[int, torch.Tensor]:
+    comm = Comm(dist.group.WORLD, Ledger())
+    module = make_module(mixer, iterations=30, tolerance=1e-6)
+    shard = make_shard(comm, "all_gather", SequenceLayout.contiguous(20, world_size), Documents((0, 20)), False)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(shard.num_tokens, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    y = recompute.checkpoint(module, x, shard, None)[0] if activation_checkpointing == "full" else module(x, shard)[0]
+    y.square().sum().backward()
+    assert x.grad is not None
+    return comm.ledger.total().messages, x.grad
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_recomputation_sends_nothing(mixer: str) -> None:
+    """Not even to agree on the number of steps."""
+    for (sent, dx), (again, expected) in zip(
+        run_ranks(recomputed, 2, mixer=mixer, activation_checkpointing="full", timeout=60),
+        run_ranks(recomputed, 2, mixer=mixer, activation_checkpointing="none", timeout=60),
+    ):
+        assert sent == again > 0
+        assert_close(dx, expected, "input gradient")
 
 
 class Sequential:
