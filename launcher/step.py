@@ -77,6 +77,7 @@ class Stepper:
                 self._run,
                 stream_tokens,
                 lambda documents, keep_state: engine.shard(documents, runtime.device, keep_state),
+                keep="cpu",  # flat memory on a GPU, for a copy of one state a chunk
                 accumulate=model.accumulate,
             )
 

@@ -15,7 +15,7 @@ from longhaul.models.mixers.attention import AttentionConfig
 from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.ops.segments import Documents
 from longhaul.models.streaming import LongStream, Streaming
-from longhaul.parallel.comm import Comm
+from longhaul.parallel.comm import Comm, Ledger
 from longhaul.parallel.data import DataParallel
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.mesh import Degrees, ParallelMesh
@@ -90,18 +90,19 @@ def test_a_chunk_costs_two_forwards_of_messages_and_one_backward() -> None:
     assert run_ranks(messages, 2, chunk=8)[0] == 2 * forward + 3 * (forward + backward)
 
 
-def train(rank: int, world_size: int, degrees: Degrees, style: str, chunk: int) -> dict[str, Any]:
+def train(rank: int, world_size: int, degrees: Degrees, style: str, chunk: int | None) -> dict[str, Any]:
     """The streams of test_loss, through the trainer's step."""
+    ledger = Ledger()
     runtime, mesh = Runtime(rank, world_size, device="cpu"), ParallelMesh(degrees, rank)
     engine, lm = SequenceParallel(Comm(mesh.sequence_group)), test_loss.model()
-    parallel = DataParallel(lm, mesh, style, blocks=tuple(lm.layers))
+    parallel = DataParallel(lm, mesh, style, blocks=tuple(lm.layers), ledger=ledger)
     optimizer = torch.optim.SGD(lm.parameters(), lr=1.0)
     stepper = Stepper(parallel, engine, runtime, optimizer, stream_tokens=chunk)
     samples, losses = test_loss.streams("some"), []
     for step in range(test_loss.STEPS):
         chosen = stream_indices(step * test_loss.BATCH, test_loss.BATCH, mesh.data_rank, degrees.data)
         losses.append(stepper.train([samples[index] for index in chosen], test_loss.RATE).loss)
-    return {"losses": losses, "parameters": whole_parameters(lm)}
+    return {"losses": losses, "parameters": whole_parameters(lm), "reduced": ledger.total("gradients").bytes}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,13 @@ def test_steps_of_the_trainer(data: int, sequence: int, style: str) -> None:
         losses = torch.tensor(result["losses"], dtype=torch.float64)
         assert_close(losses, torch.tensor(expected["losses"], dtype=torch.float64), f"losses on rank {rank}")
         assert_trees_close(result["parameters"], expected["parameters"], f"parameters on rank {rank}")
+
+
+@pytest.mark.parametrize("style", ("fsdp", "ddp"))
+def test_gradients_are_reduced_once_a_step(style: str) -> None:
+    arguments: Any = {"degrees": Degrees(data=2), "style": style}
+    chunked, whole = (run_ranks(train, 2, timeout=120, chunk=chunk, **arguments)[0]["reduced"] for chunk in (12, None))
+    assert chunked == whole > 0
 
 
 def test_evaluation_of_the_trainer_is_that_of_the_whole() -> None:
