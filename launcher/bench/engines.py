@@ -8,7 +8,8 @@ One layer, forward and backward, in turns with and without its communication:
 
 Medians of paired differences; the slowest rank sets each time. `--delay` and `--bandwidth` emulate a wire in-process. More ranks
 than cores cannot compute side by side: `--compute sleep` sleeps instead, for the times that the kernels took alone at that
-length, so only communication is real (linear layers). `--regret` compares `auto` with the best exchange over a grid.
+length, so only communication is real (linear layers). `--namespaces` gives every rank a network of its own, whose rate the
+kernel shapes. `--regret` compares `auto` with the best exchange over a grid.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from longhaul.models.errors import UserError
 from longhaul.parallel.attention.registry import ENGINES
 from longhaul.parallel.exchange.registry import EXCHANGES
 
-from . import regret
+from . import namespaces, regret
 from .engine_ranks import Cell, Layer, Phases, measure, measure_phases
+from .namespaces import run_in_namespaces
 from .ranks import run_on_ranks
 
 # Engines of two levels need groups of nodes, which processes of one machine do not have.
@@ -75,7 +77,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     for ranks in options.ranks:
         cells = make_cells(options, layer, ranks)
-        found = run_on_ranks(measure, ranks, 1, layer, cells, wire, options.repeats)
+        args = (layer, cells, wire, options.repeats)
+        if options.namespaces:
+            found = run_in_namespaces(measure, ranks, 1, options.rate, *args)
+        else:
+            found = run_on_ranks(measure, ranks, 1, *args)
         for index, cell in enumerate(cells):
             row = {"layer": cell.kind, "engine": cell.engine, "ranks": ranks, "tokens": cell.tokens}
             rows.append(row | combine([result[str(index)] for result in found]))
@@ -87,6 +93,8 @@ def show(rows: Sequence[dict[str, Any]], options: argparse.Namespace, console: C
     wire = "processes of this machine"
     if options.delay or options.bandwidth:
         wire = f"emulated wire, {options.delay:g} ms" + (f", {options.bandwidth:g} MB/s" if options.bandwidth else "")
+    if options.namespaces:
+        wire = f"network namespaces, {options.rate or 'no rate set'}"
     compute = "kernels slept for the time they took alone" if options.compute == "sleep" else "one kernel for all, computed"
     table = Table(
         *("layer", "engine", "P", "tokens", "total ms", "overhead ms", "compute ms", "exposed ms", "messages", "KiB"),
@@ -103,7 +111,9 @@ def show(rows: Sequence[dict[str, Any]], options: argparse.Namespace, console: C
 
 def claims(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Ratios of total time behind published claims, for every length and number of ranks measured."""
-    found = {(row["layer"], row["engine"], row["ranks"], row["tokens"]): row["total_s"] for row in rows}
+    found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    for row in rows:
+        found.setdefault((row["layer"], row["engine"]), {})[row["ranks"], row["tokens"]] = row["total_s"]
     lines = []
     for title, fast, slow in (
         ("LASP-2 (all_gather) over LASP as published (ring_blocking)", ("linear", "all_gather"), ("linear", "ring_blocking")),
@@ -111,10 +121,11 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         ("LASP-2 (all_gather) over softmax ring attention of that shape", ("linear", "all_gather"), ("softmax", "ring")),
         ("all_scan over all_gather", ("linear", "all_scan"), ("linear", "all_gather")),
     ):
+        times = found.get(slow, {})
         ratios = [
-            f"P = {ranks}, {tokens:,} tokens: {found[(*slow, ranks, tokens)] / seconds - 1:+.1%}"
-            for (*name, ranks, tokens), seconds in found.items()
-            if tuple(name) == fast and (*slow, ranks, tokens) in found
+            f"P = {where[0]}, {where[1]:,} tokens: {times[where] / seconds - 1:+.1%}"
+            for where, seconds in found.get(fast, {}).items()
+            if where in times
         ]
         if ratios:
             lines.append(f"speed of {title}: " + "; ".join(ratios))
@@ -136,6 +147,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--regret", action="store_true", help="`auto` against the best exchange over a grid of wires")
     parser.add_argument("--delays", type=float, nargs="+", default=[0.1, 1, 5], help="ms, of the grid (default: 0.1 1 5)")
     parser.add_argument("--bandwidths", type=float, nargs="+", default=[20, 200, 2000], help="MB/s (default: 20 200 2000)")
+    parser.add_argument("--namespaces", action="store_true", help="a network namespace for every rank (Linux, root)")
+    parser.add_argument("--rate", help="of each namespace, as tc writes it: 200mbit (default: unlimited)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args(argv)
     least = {"ranks": 2, "lengths": max(options.ranks), "heads": 1, "width": 1, "repeats": 1}
@@ -146,6 +159,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("delay", "bandwidth"):
         if getattr(options, name) < 0 or min(getattr(options, f"{name}s")) < 0:
             raise UserError(f"--{name} is below 0: leave it out for none.")
+    if options.namespaces:
+        if options.delay or options.bandwidth or options.regret:
+            raise UserError("--namespaces has its own wire: leave out --delay, --bandwidth and --regret; give --rate.")
+        namespaces.check()
+    elif options.rate:
+        raise UserError(f"--rate {options.rate} is of --namespaces: add that, or give --bandwidth instead.")
     return options
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longhaul.launcher.bench import engines, regret
+from longhaul.launcher.bench import engines, namespaces, regret
 from longhaul.launcher.bench.cli import main
 from longhaul.launcher.bench.engine_ranks import Layer, Phases, linear_slept, measure_phases
 from longhaul.models.errors import UserError
@@ -120,6 +122,8 @@ def test_phases_are_measured() -> None:
         (["--ranks", "4", "--lengths", "3"], r"--lengths is \[3\]: give at least 4"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--delay", "-1"], "--delay is below 0"),
+        (["--namespaces", "--delay", "1"], "has its own wire"),
+        (["--rate", "1mbit"], "--rate 1mbit is of --namespaces"),
     ],
 )
 def test_mistakes_are_refused(arguments: list[str], message: str) -> None:
@@ -130,3 +134,28 @@ def test_mistakes_are_refused(arguments: list[str], message: str) -> None:
 def test_two_level_engines_are_not_offered() -> None:
     options: argparse.Namespace = engines._arguments([])
     assert "hierarchical" not in options.exchanges and "auto" in options.exchanges
+
+
+def _namespaces_work() -> bool:
+    try:
+        namespaces.check()
+        with namespaces.joined(1, "100mbit"):
+            return True
+    except UserError:
+        return False
+
+
+def test_ranks_in_namespaces(capsys: pytest.CaptureFixture[str]) -> None:
+    if not _namespaces_work():
+        pytest.skip("needs root and network namespaces")
+    arguments = ["--lengths", "6", "--exchanges", "ring", "--attention", "--namespaces", "--rate", "100mbit"]
+    assert main(["engines", *arguments, *SMALL]) == 0
+    assert "network namespaces, 100mbit" in capsys.readouterr().out
+    left = subprocess.run(("ip", "netns", "list"), capture_output=True, text=True, check=True).stdout
+    assert f"lh{os.getpid()}" not in left
+
+
+def test_a_machine_without_namespaces_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="needs root and the commands ip and tc"):
+        main(["engines", "--namespaces"])
