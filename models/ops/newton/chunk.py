@@ -27,7 +27,7 @@ from torch import Tensor
 from ..affine import AffineMap, Dense, Linear, Scale, accumulate_dtype
 from ..recurrence import ChunkedRecurrence, Inputs, Reverse, Saved, Summary
 from ..segments import Segments
-from .solve import Solver, multiply_blocks
+from .solve import Solver
 
 
 class AffineScan(ChunkedRecurrence):
@@ -57,14 +57,15 @@ class AffineScan(ChunkedRecurrence):
         assert A is not None and b is not None
         dtype = b.dtype
         A, b = A[0].to(state.dtype), b[0].to(state.dtype)
-        return state[None].to(dtype), (A * state if A.shape == b.shape else multiply_blocks(A, state)) + b
+        return state[None].to(dtype), (A * state if A.shape == b.shape else A @ state) + b
 
     def summarize(self, x: Inputs, segments: Segments) -> Summary:
         A, b = _wide(x)
         solvers = _solvers(_forget(A, segments), b, segments, self.chunk)
-        totals = [solver.total() for solver in solvers]
-        offset = torch.stack([offset for _, offset in totals])
-        return Summary(AffineMap(offset, _linear(torch.stack([matrix for matrix, _ in totals]), offset)), scratch=solvers)
+        matrices, offsets = zip(*(solver.total() for solver in solvers))
+        matrix, offset = _channels_first(torch.stack(matrices)), _channels_first(torch.stack(offsets))
+        linear: Linear = Scale(matrix) if matrix.shape == offset.shape else Dense(matrix)
+        return Summary(AffineMap(offset, linear), scratch=solvers)
 
     def local(self, x: Inputs, segments: Segments, summary: Summary) -> Tensor:
         assert x[1] is not None
@@ -73,14 +74,14 @@ class AffineScan(ChunkedRecurrence):
     def correct(self, out: Tensor, x: Inputs, segments: Segments, summary: Summary, S_in: Tensor) -> Tensor:
         for part, solver in enumerate(summary.scratch):
             start, stop = segments.part_bounds[part : part + 2]
-            out[start:stop] = solver.found(S_in[part])
+            out[start:stop] = _found(solver, S_in[part])
         return _forget(out, segments)
 
     def reverse(self, x: Inputs, segments: Segments, saved: Saved, dout: Tensor) -> Reverse:
         A, dp = _wide((x[0], dout))
         adjoint = _forget(A if A.shape == dp.shape else A.mT, segments)
         solvers = _solvers(adjoint, _forget(dp, segments), segments, self.chunk, reverse=True)
-        return Reverse(torch.stack([solver.total()[1] for solver in solvers]), solvers)
+        return Reverse(_channels_first(torch.stack([solver.total()[1] for solver in solvers])), solvers)
 
     def local_backward(
         self, x: Inputs, segments: Segments, saved: Saved, dout: Tensor, S_in: Tensor, reverse: Reverse
@@ -103,7 +104,7 @@ class AffineScan(ChunkedRecurrence):
         db = G_out.new_empty(b.shape)
         for part, solver in enumerate(partial):
             start, stop = segments.part_bounds[part : part + 2]
-            db[start:stop] = solver.found(G_out[part]).flip(0)
+            db[start:stop] = _found(solver, G_out[part]).flip(0)
         p = out.to(db.dtype)
         return (db * p if A.shape == b.shape else db * p.mT).to(A.dtype), db.to(b.dtype)
 
@@ -114,8 +115,14 @@ def _wide(x: Inputs) -> tuple[Tensor, Tensor]:
     return first.to(accumulate_dtype(first.dtype)), second.to(accumulate_dtype(second.dtype))
 
 
-def _linear(matrix: Tensor, offset: Tensor) -> Linear:
-    return Scale(matrix) if matrix.shape == offset.shape else Dense(matrix)
+def _channels_first(x: Tensor) -> Tensor:
+    """[n, ..., D] -> [n, D, ...], as states are outside of the solver."""
+    return x.movedim(-1, 1).contiguous()
+
+
+def _found(solver: Solver, entering: Tensor) -> Tensor:
+    """The state each token of a part finds, [n, *state_shape]."""
+    return solver.found(entering.movedim(0, -1)).movedim(-1, 1)
 
 
 def _forget(x: Tensor, segments: Segments) -> Tensor:
@@ -128,6 +135,6 @@ def _solvers(A: Tensor, b: Tensor, segments: Segments, chunk: int, reverse: bool
     """One a part; from the right if `reverse`."""
     solvers = []
     for start, stop in zip(segments.part_bounds, segments.part_bounds[1:]):
-        own = A[start:stop], b[start:stop]
+        own = A[start:stop].movedim(1, -1), b[start:stop].movedim(1, -1)
         solvers.append(Solver(*((own[0].flip(0), own[1].flip(0)) if reverse else own), chunk))
     return solvers

@@ -4,7 +4,8 @@ All chunks advance side by side, one position after the other: first their maps 
 chunks are found by a shorter recurrence of the same kind, then those inside them (C steps). That is linear work in about
 2 C log_C(L) steps.
 
-Legend: L tokens, M chunks, C tokens of a chunk, D channels, k width of a block. Inside, positions come first: [C, M, ...].
+Legend: L tokens, M chunks, C tokens of a chunk, D channels, k width of a block. Channels come last, so that products of blocks
+run along them; inside, positions come first: [C, M, ...].
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 
 def multiply_blocks(A: Tensor, B: Tensor) -> Tensor:
-    """[..., k, k] times [..., k, j]; elementwise, since a batched product of tiny matrices costs a call each."""
-    product = A[..., :, :1] * B[..., :1, :]
-    for j in range(1, A.shape[-1]):
-        product = product + A[..., :, j : j + 1] * B[..., j : j + 1, :]
+    """[..., k, k, D] times [..., k, j, D], channel by channel; a batched product of tiny matrices costs a call each."""
+    product = A[..., :, :1, :] * B[..., :1, :, :]
+    for j in range(1, A.shape[-2]):
+        product = torch.addcmul(product, A[..., :, j : j + 1, :], B[..., j : j + 1, :, :])
     return product
 
 
@@ -25,8 +26,8 @@ class Solver:
     """One run of tokens.
 
     Args:
-        A: [L, D], diagonal; or [L, D, k, k], blocks.
-        b: [L, D]; or [L, D, k, 1].
+        A: [L, D], diagonal; or [L, k, k, D], blocks.
+        b: [L, D]; or [L, k, 1, D].
         size: C.
     """
 
@@ -34,7 +35,9 @@ class Solver:
         self.length, self.diagonal = b.shape[0], A.shape == b.shape
         self.multiply = torch.mul if self.diagonal else multiply_blocks
         one = torch.ones_like(A[:1].sum(0))
-        self.identity = one if self.diagonal else torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(one)
+        if not self.diagonal:
+            one = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)[..., None].expand_as(one)
+        self.identity = one
         self.size = min(size, max(self.length, 1))
         self.num_chunks = -(-self.length // self.size)
         missing = self.num_chunks * self.size - self.length
