@@ -28,6 +28,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 RANKS = (1, 2, 3, 4)
 DEFAULT_RANKS = (2, 3)
+ATTEMPTS = 30  # at each cell of a covering; more make it hardly smaller
 # Ranks beyond: only a covering of pairs, also in the whole matrix.
 MANY_RANKS = (6, 8)
 
@@ -177,11 +178,16 @@ def whole(narrowing: Narrowing) -> list[Cell]:
 
 
 def pairwise(narrowing: Narrowing, ranks: Sequence[int] = DEFAULT_RANKS) -> list[Cell]:
-    """Few cells in which any two values that some served cell has together meet, and one cell for every refusal."""
+    """Few cells in which, on each number of ranks, any two values that some served cell has together meet.
+
+    And one cell for every refusal.
+    """
     cells: list[Cell] = []
-    for axes in spaces(narrowing, narrowing.ranks or ranks):
-        cells += _cover(axes)
-    return ordered(cells)
+    for size in narrowing.ranks or ranks:
+        for axes in spaces(narrowing, (size,)):
+            cells += _cover(axes, size)
+    refused = {refusal(cell): cell for cell in reversed(cells)}
+    return ordered(cell for cell in cells if refusal(cell) is None or refused[refusal(cell)] == cell)
 
 
 def ordered(cells: Iterable[Cell]) -> list[Cell]:
@@ -201,9 +207,9 @@ def _served(cell: Cell) -> bool:
     return exists(cell) and refusal(cell) is None
 
 
-def _cover(axes: Mapping[str, Sequence[object]]) -> list[Cell]:
+def _cover(axes: Mapping[str, Sequence[object]], seed: int) -> list[Cell]:
     """A greedy covering of pairs, the same at every call."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     columns = [list(axes[axis]) for axis in AXES]
     missing: dict[Pair, None] = {}
     refused: dict[str, Cell] = {}
@@ -221,7 +227,7 @@ def _cover(axes: Mapping[str, Sequence[object]]) -> list[Cell]:
     while missing:
         pair = next(iter(missing))
         best: tuple[int, Cell] | None = None
-        for attempt in range(60):
+        for attempt in range(ATTEMPTS):
             values = [draw.choice(column) for column in columns]
             values[pair[0]], values[pair[2]] = pair[1], pair[3]
             if attempt % 2:

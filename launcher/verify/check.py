@@ -132,10 +132,12 @@ class Checker:
         change = (actual.y - y).abs().amax(1) if y.numel() else y.new_zeros(0)
         scale = max(reference.outcome.y.double().square().mean().sqrt().item(), FLOOR)
         findings = {
-            "causality: output before an edited token": (_most(change[before]) / scale, TOLERANCE[cell.dtype]),
             "isolation: output of another document": _bits(change[other], scale, cell),
             "isolation: gradient in another document": (_most(actual.dx[other].abs().flatten()), 0.0),
         }
+        if subject(cell.mixer).causal:
+            name = "causality: output before an edited token"
+            findings[name] = _most(change[before]) / scale, TOLERANCE[cell.dtype]
         if document > 0:
             leaked = max((_most(leaf.abs().flatten()) for leaf in actual.dstates), default=0.0)
             findings["isolation: gradient of the incoming state"] = (leaked, 0.0)

@@ -37,7 +37,8 @@ a covering on 6 and 8, and goes on where it was interrupted: verdicts are kept i
   torchrun --nproc-per-node 4 -m longhaul.launcher.cli verify    on the ranks of a job (GPUs, if it has any)
 
 A mixer of your own, by import path, as a class of torch.nn.Module with forward(x [T, D], shard, state) -> y, state, made by
-build(model_config, layer) or by Class(hidden_size); remember(), if it has it, sets its gates slow:
+build(model_config, layer) or by Class(hidden_size); remember(), if it has it, sets its gates slow, and
+causal = False says that it reads a document both ways:
 
   # mine.py
   class Mean(torch.nn.Module):

@@ -23,7 +23,7 @@ from longhaul.parallel.runtime import Runtime
 
 from .cells import DTYPES, Cell, stream_of
 from .exactness import error
-from .subjects import CONFIG, subject
+from .subjects import VOCABULARY, subject
 
 
 class _Keeping(torch.optim.SGD):
@@ -38,7 +38,7 @@ def make_stream(cell: Cell, masked: list[tuple[int, int]]) -> Stream:
     """Tokens, labels shifted inside each document, and weights that are zero at `masked`."""
     documents = stream_of(cell)
     generator = torch.Generator().manual_seed(4)
-    tokens = torch.randint(0, CONFIG["vocab_size"], (documents.num_tokens,), generator=generator)
+    tokens = torch.randint(0, VOCABULARY, (documents.num_tokens,), generator=generator)
     labels, weights = tokens.roll(-1), (torch.rand(documents.num_tokens, generator=generator) < 0.8).float()
     for bound in documents.bounds[1:]:
         labels[bound - 1], weights[bound - 1] = 0, 0

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,67 +21,62 @@ from torch import nn
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
-from longhaul.models.mixers.attention import AttentionConfig
-from longhaul.models.mixers.based import BasedConfig
-from longhaul.models.mixers.deltanet import DeltaNetConfig
-from longhaul.models.mixers.gated_deltanet import GatedDeltaNetConfig
-from longhaul.models.mixers.gla import GLAConfig
-from longhaul.models.mixers.hgrn2 import HGRN2Config
-from longhaul.models.mixers.kimi_delta import KimiDeltaConfig
-from longhaul.models.mixers.lightning import LightningConfig
-from longhaul.models.mixers.linear_attention import LinearAttentionConfig
-from longhaul.models.mixers.mamba1 import Mamba1Config
-from longhaul.models.mixers.mamba2 import Mamba2Config
-from longhaul.models.mixers.rebased import ReBasedConfig
 from longhaul.models.mixers.registry import MIXERS
-from longhaul.models.mixers.retention import RetentionConfig
-from longhaul.models.mixers.rwkv6 import RWKV6Config
-from longhaul.models.mixers.rwkv7 import RWKV7Config
-from longhaul.models.mixers.s4d import S4DConfig
-from longhaul.models.mixers.s5 import S5Config
-from longhaul.models.moe import MoEConfig
 from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
 
 WIDTH = 16
+VOCABULARY = 24
 LAYER = 1
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 24,
-    "hidden_size": WIDTH,
-    "num_layers": 2,
-    "pattern": "LN",
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "ffn_hidden_size": 8,
-    "linear_attention": LinearAttentionConfig(feature_map="elu+1", normalize=True, chunk=8),
-    "lightning": LightningConfig(chunk=8),
-    "retention": RetentionConfig(rotary=True, chunk=8),
-    "mamba2": Mamba2Config(state_size=6, head_dim=8, num_groups=2, chunk=8),
-    "mamba1": Mamba1Config(state_size=3, expand=1, chunk=8),
-    "s4d": S4DConfig(state_size=6, chunk=8),
-    "s5": S5Config(state_size=12, blocks=2, chunk=8),
-    "gla": GLAConfig(expand_k=0.5, feature_map="silu", gate_low_rank=3, chunk=8),
-    "hgrn2": HGRN2Config(expand_ratio=5, chunk=8),
-    "rwkv6": RWKV6Config(mix_low_rank=3, decay_low_rank=4, chunk=8),
-    "based": BasedConfig(feature_dim=2, chunk=8),
-    "rebased": ReBasedConfig(feature_dim=2, chunk=8),
-    "deltanet": DeltaNetConfig(negative_eigenvalues=True, output_gate=True, chunk=8),
-    "gated_deltanet": GatedDeltaNetConfig(head_dim=5, expand_v=2, num_value_heads=4, chunk=8),
-    "kimi_delta": KimiDeltaConfig(chunk=8),
-    "rwkv7": RWKV7Config(decay_rank=3, rate_rank=4, gate_rank=5, chunk=8),
+# Options of mixers, beside chunks of 8 tokens: odd widths, and every optional part on.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linear_attention": {"feature_map": "elu+1", "normalize": True},
+    "retention": {"rotary": True},
+    "mamba2": {"state_size": 6, "head_dim": 8, "num_groups": 2},
+    "mamba1": {"state_size": 3, "expand": 1},
+    "memmamba": {"summary_width": 4, "slots": 3, "block": 4, "period": 2},
+    "s4d": {"state_size": 6},
+    "s5": {"state_size": 12, "blocks": 2},
+    "gla": {"expand_k": 0.5, "feature_map": "silu", "gate_low_rank": 3},
+    "hgrn2": {"expand_ratio": 5},
+    "rwkv6": {"mix_low_rank": 3, "decay_low_rank": 4},
+    "based": {"feature_dim": 3},
+    "rebased": {"feature_dim": 3},
+    "jrt": {"prefix_length": 4, "feature_dim": 3},
+    "longvq": {"num_codes": 6},
+    "deltanet": {"negative_eigenvalues": True, "output_gate": True},
+    "gated_deltanet": {"head_dim": 5, "expand_v": 2, "num_value_heads": 4},
+    "rwkv7": {"decay_rank": 3, "rate_rank": 4, "gate_rank": 5},
 }
 
-# Parameter -> range that makes a decay slow, for a mixer that has no `remember()` of its own.
+
+def config(**options: Any) -> ModelConfig:
+    """A tiny model whose mixers have `OPTIONS`; `options` are fields of its own."""
+    plain = ModelConfig()
+    mixers = {}
+    for field in fields(ModelConfig):
+        own = getattr(plain, field.name)
+        if is_dataclass(own) and field.name not in options:
+            chunk = {"chunk": 8} if hasattr(own, "chunk") else {}
+            mixers[field.name] = replace(own, **chunk, **OPTIONS.get(field.name, {}))  # type: ignore[type-var]
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    return ModelConfig(**{**sizes, **mixers, "pattern": "LN", "ffn_hidden_size": 8, **options})
+
+
+# Parameter -> range that makes a decay slow and keeps numbers well conditioned, for a mixer without its own `remember()`.
 REMEMBER: dict[str, dict[str, tuple[float, float]]] = {
     "gla": {"decay_up.bias": (3, 6)},
     "hgrn2": {"lower_bound": (4, 6)},
     "rwkv6": {"decay_up.bias": (-8, -5)},
     "rwkv7": {"decay_up.bias": (-9, -6)},
+    "rebased": {"weight": (0.4, 0.8), "bias": (1.5, 2.0)},  # a quotient whose denominator stays off zero
 }
 # Mixers whose tokens choose the shapes they are computed in, so that a document may change the last bits of another.
 ROUTED = ("mom",)
+# Mixers that read a prefix, or the whole document, both ways; one's own says `causal = False`.
+BOTH_WAYS = ("jrt",)
 USUAL = {"A_log": (-6.0, -4.0), "log_A_real": (-4.0, -2.0)}
 
 WINDOW = "attention_window"
@@ -94,6 +90,7 @@ class Subject(NamedTuple):
         name: in cells and in `--mixer`.
         recurrent, masks: what it needs from an engine: state along the sequence, softmax attention of these masks.
         make: a fresh module, parameters seeded, in float32.
+        causal: no output depends on later tokens.
         static: shapes do not depend on values, so one document may not change a bit of another.
         is_model: a whole language model, verified through an optimizer step.
     """
@@ -102,6 +99,7 @@ class Subject(NamedTuple):
     recurrent: bool
     masks: tuple[Mask, ...]
     make: Callable[[], nn.Module]
+    causal: bool = True
     static: bool = True
     is_model: bool = False
 
@@ -117,21 +115,23 @@ def subject(name: str) -> Subject:
     if name == MODEL:
         needs = _language_model().needs()  # type: ignore[operator]
         return Subject(name, needs[0], tuple(needs[1]), _language_model, is_model=True)
-    make = functools.partial(_own, load(name)) if ":" in name else functools.partial(_registered, name)
+    make = functools.partial(_own, load(name)) if name not in names() else functools.partial(_registered, name)
     shard = _Watching(Documents((0, 3, 10)))
+    module = make()
     with torch.no_grad():
-        make()(torch.zeros(10, WIDTH), shard, None)
-    return Subject(name, shard.recurrent, tuple(shard.masks), make, name not in ROUTED)
+        module(torch.zeros(10, WIDTH), shard, None)
+    causal = bool(getattr(module, "causal", name not in BOTH_WAYS))
+    return Subject(name, shard.recurrent, tuple(shard.masks), make, causal, name not in ROUTED)
 
 
 def _registered(name: str) -> nn.Module:
     mixer = "attention" if name == WINDOW else name
-    options = {"attention": AttentionConfig(window=9)} if name == WINDOW else {}
-    return prepared(MIXERS[mixer].build(ModelConfig(**{**CONFIG, **options}), LAYER), REMEMBER.get(mixer, {}))
+    options = {"attention": replace(ModelConfig().attention, window=9)} if name == WINDOW else {}
+    return prepared(MIXERS[mixer].build(config(**options), LAYER), REMEMBER.get(mixer, {}))
 
 
 def _own(found: type, hidden_size: int = WIDTH) -> nn.Module:
-    built = found.build(ModelConfig(**CONFIG), LAYER) if hasattr(found, "build") else found(hidden_size)
+    built = found.build(config(), LAYER) if hasattr(found, "build") else found(hidden_size)
     return prepared(built, {})
 
 
@@ -147,16 +147,16 @@ def prepared(module: nn.Module, slow: dict[str, tuple[float, float]]) -> nn.Modu
             module.remember()  # type: ignore[operator]
             return module
         for name, parameter in module.named_parameters():
-            for slow_name, (low, high) in {**USUAL, **slow}.items():
-                if name == slow_name or name.endswith("." + slow_name):
-                    parameter.uniform_(low, high)
+            found = slow.get(name) or USUAL.get(name.rpartition(".")[2])
+            if found is not None:
+                parameter.uniform_(*found)
     return module
 
 
 def _language_model() -> nn.Module:
     """Mamba-2 and softmax attention, each with a mixture of experts whose balance loss counts."""
-    moe = MoEConfig(num_experts=3, top_k=2, expert_hidden_size=6, balance_weight=0.1)
-    return prepared(LanguageModel(ModelConfig(**CONFIG, ffn="moe", moe=moe)), {})
+    moe = replace(ModelConfig().moe, num_experts=3, top_k=2, expert_hidden_size=6, balance_weight=0.1)
+    return prepared(LanguageModel(config(ffn="moe", moe=moe)), {})
 
 
 def load(path: str) -> type:

@@ -18,6 +18,7 @@ from .ranks import checked
 MODEL = "language_model"
 WALKS = ("ring", "ring_blocking", "all_scan")
 LINEAR = ("linear_attention", "retention", "mamba2", "gla")
+LONG = ("one", "spanning", "mixed")
 FEW = 4  # cells of the default matrix that are run for a bug, of those that concern it
 
 
@@ -51,9 +52,9 @@ def default_matrix() -> tuple[Cell, ...]:
 
 
 def cells_of(known: Known, world_size: int) -> list[Cell]:
-    """A few of the default matrix's cells that concern a bug, of many documents first: most bugs are at their edges."""
+    """A few of the default matrix's cells that concern a bug, first those of documents that cross ranks."""
     own = [cell for cell in default_matrix() if cell.ranks == world_size and known.concerns(cell)]
-    return sorted(own, key=lambda cell: (cell.dtype, cell.documents == "many_short", cell.layout))[-FEW:]
+    return sorted(own, key=lambda cell: (cell.dtype, cell.documents in LONG, cell.layout))[-FEW:]
 
 
 def verdicts(bug: str, cells: list[Cell], world_size: int) -> list[Verdict]:
