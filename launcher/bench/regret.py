@@ -68,7 +68,7 @@ def run(ranks: Sequence[int], tokens_per_rank: Sequence[int], wires: Wires, laye
             best = min(FLAT, key=lambda name: times[name])
             picked = results[0]["picked"]
             row: dict[str, Any] = {"ranks": P, "tokens_per_rank": tokens // P, "delay_ms": delay, "bandwidth_mb_s": bandwidth}
-            row |= {"slept_s": sum(slept), "times_s": times, "best": best, "picked": picked}
+            row |= {"slept_s": sum(slept), "times_s": times, "best": best, "picked": picked, "told": results[0]["told"]}
             row["regret"] = max(0.0, times["auto"] / times[best] - 1)
             row["regret_of_pick"] = times[picked[0]] / times[best] - 1 if picked[0] == picked[1] else None
             rows.append(row)

@@ -7,7 +7,7 @@ a message, `c(s) = a' + s / b'` an all-gather that brings s bytes, `u(s)` one ma
 
     all_gather    max(0, c((P - 1) N n) - L) + P N u(m)
     ring          max(0, t(m) - L) + (h - 1) t(m) + h u(m)
-    all_scan      max(0, t(m / K) - L) + (h - 1) (t(m / K) + u(m / K)) + (K - 1) max(m / (K b), w + u(m / K)) + u(m / K);
+    all_scan      max(0, t(m / K) - L) + (h + K - 2) (t(m / K) + u(m / K)) + u(m / K);
                   h = 1: max(max(L, t(m / K)) + (K - 1) (w + u(m / K)), t(m)) - L + u(m / K)
     log_scan      max(0, t(n) - L) + (s - 1) t(n) + 2 s (u(m) + u(n - m)),      s = ceil(log2(h + 1))
     hierarchical  max(0, c1((g - 1) n) - L) + g u(m) + all_scan on h' hops between nodes, of m / g bytes, L = 0
@@ -154,9 +154,8 @@ def _pipeline(work: Workload, network: Network, blocks: int) -> float:
     first = max(work.local_s, hop)  # when the first block is there and somebody waits for it
     if work.hops == 1:  # all blocks left at the start
         last = max(first + (blocks - 1) * busy, network.message.seconds(work.state_bytes))
-    else:
-        pace = max(size / network.message.bytes_per_s, busy)
-        last = first + (work.hops - 1) * (hop + update) + (blocks - 1) * pace
+    else:  # a rank takes a block after it has passed on the one before, which waits for the receiver's turn
+        last = first + (work.hops - 1 + blocks - 1) * (hop + update)
     return last - work.local_s + update
 
 

@@ -31,14 +31,14 @@ SETTINGS = ((1e-3, 1e9, 0.0), (1e-6, 1e6, 0.0), (1e-3, 1e3, 1.0), (1e-5, 1e7, 1e
 # The cost model.
 def simulate(work: Workload, network: Network, blocks: int) -> float:
     """A chain of messages, event by event, without arithmetic: exposed seconds at its end."""
-    size = work.state_bytes / blocks
-    there = [0.0] * blocks  # rank 0 has all of them at the start, and nobody to wait for
-    for hop in range(work.hops):
-        free, arrived = 0.0, []
+    size, latency, bandwidth = work.state_bytes / blocks, network.message.latency_s, network.message.bytes_per_s
+    # Rank 0 has all blocks at the start, and sends them one after the other.
+    there = [(block + 1) * size / bandwidth + latency for block in range(blocks)]
+    for _ in range(work.hops - 1):
+        free, arrived = work.local_s, []  # a rank in the middle passes one block on at a time, after its local work
         for block in range(blocks):
-            ready = there[block] if hop == 0 else max(there[block], work.local_s)
-            free = max(free, ready) + size / network.message.bytes_per_s
-            arrived.append(free + network.message.latency_s)
+            free = max(free, there[block]) + size / bandwidth + latency
+            arrived.append(free)
         there = arrived
     return max(0.0, there[-1] - work.local_s)
 
