@@ -71,8 +71,12 @@ def exactness(
         for first_position, keep_state in ((0, False), (5, True)):
             documents = Documents(document_tables(num_tokens)[table], first_position)
             problem = make_problem(module, documents, WIDTH, 1, dtype, keep_state)
-            for name, lengths in rank_lengths(num_tokens, world_size).items():
-                layout = SequenceLayout.contiguous(num_tokens, world_size, lengths)
+            layouts = {
+                name: SequenceLayout.contiguous(num_tokens, world_size, lengths)
+                for name, lengths in rank_lengths(num_tokens, world_size).items()
+            }
+            layouts["zigzag"] = SequenceLayout.make("zigzag", num_tokens, world_size)
+            for name, layout in layouts.items():
                 errors = compare(module, functools.partial(make_shard, comm, exchange), layout, problem, comm)
                 for tensor, value in errors.items():
                     if not value <= worst.get(tensor, (-1.0,))[0]:
