@@ -63,8 +63,15 @@ class Job:
         self.comm = Comm(self.checker.mesh.sequence_group)
 
     def run(self, cell: Cell) -> list[Answer]:
-        """The answers of all ranks."""
-        own = torch.frombuffer(bytearray(json.dumps(answer(self.checker, cell)).encode()), dtype=torch.uint8)
+        """The answers of all ranks.
+
+        Raises:
+            RuntimeError: this rank broke down; its peers wait for it in a collective, so the job must end.
+        """
+        said = answer(self.checker, cell)
+        if said.kind == "error":
+            raise RuntimeError(f"cell {cell.key} broke on rank {self.runtime.rank}:\n{said.message}")
+        own = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         length = self.runtime.maximum(own.numel())
         padded = torch.full((length,), ord(" "), dtype=torch.uint8)
         padded[: own.numel()] = own

@@ -21,7 +21,7 @@ import longhaul.models
 import longhaul.parallel
 from longhaul.models.errors import UserError
 
-from .cells import Cell
+from .cells import TOLERANCE, Cell
 from .ranks import Answer
 
 PASSED, FAILED, REFUSED = "passed", "failed", "refused"
@@ -45,7 +45,7 @@ class Verdict:
     status: str
     seconds: float = 0.0
     worst: float = 0.0
-    """The largest finding that has a limit above zero: the worst relative error."""
+    """The worst relative error of what is held to the tolerance of the dtype."""
     failures: tuple[Failure, ...] = ()
     message: str = ""
     """Why it was refused, or how it broke."""
@@ -68,7 +68,7 @@ def judge(cell: Cell, answers: Sequence[Answer], seconds: float) -> Verdict:
     for rank, found in enumerate(answers):
         for name, (value, limit) in found.findings.items():
             value = math.inf if math.isnan(value) else value
-            worst = max(worst, value if limit else 0.0)
+            worst = max(worst, value if limit == TOLERANCE[cell.dtype] else 0.0)
             if value > limit and (name not in failures or value > failures[name].value):
                 failures[name] = Failure(name, rank, value, limit)
     if not any(found.findings for found in answers):

@@ -41,5 +41,14 @@ class Alone(Decay):
         return y, state
 
 
+class Broken(Decay):
+    """It fails where a rank does not hold the beginning of the stream; the first rank waits for it in vain."""
+
+    def forward(self, x: Tensor, shard: SequenceShard, state: Tensor | None = None) -> tuple[Tensor, Any]:
+        if shard.segments.part_starts[0]:
+            raise ValueError("broken on purpose")
+        return super().forward(x, shard, state)
+
+
 class NotAModule:
     """No mixer."""

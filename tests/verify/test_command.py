@@ -45,6 +45,17 @@ def test_a_module_of_ones_own(name: str, code: int, tmp_path: Path, capsys: pyte
         assert "failed: mixer tests.verify.mixers:Alone" in text and "output, rank 1" in text
 
 
+def test_the_cell_after_a_broken_rank_has_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "out.json"
+    narrow = (*NARROW[:4], "empty_last", *NARROW[4:])
+    assert verify("--module", "tests.verify.mixers:Broken", *narrow, "--ranks", "2", "--json", str(document)) == 1
+    verdicts = {cell["cell"]["layout"]: cell for cell in json.loads(document.read_text())["cells"]}
+    # Where the last rank is empty its part begins at the end of the stream, so it fails there too, each with its own pool.
+    assert {verdict["status"] for verdict in verdicts.values()} == {"failed"} and len(verdicts) == 2
+    assert all("rank 1" in verdict["message"] and "broken on purpose" in verdict["message"] for verdict in verdicts.values())
+    assert "broken on purpose" in capsys.readouterr().out
+
+
 def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "bytes.json"
     assert verify("--bytes", "--ranks", "2", "--engine", "ring", "--json", str(document)) == 0
