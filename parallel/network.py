@@ -62,20 +62,18 @@ class Network:
         message: one point-to-point message to a neighbour, and the next one only after it (a hop of a chain).
         collective: one all-gather on the whole group; `bytes_per_s` of what a rank receives.
         update: one map applied to one state here, by bytes of the state.
-        gap_s: seconds between messages of one sender that do not wait for each other.
     """
 
     ranks: int
     message: Link
     collective: Link
     update: Link = Link(0.0)
-    gap_s: float = 0.0
 
     @classmethod
-    def even(cls, ranks: int, latency_s: float, bytes_per_s: float, gap_s: float = 0.0) -> Network:
+    def even(cls, ranks: int, latency_s: float, bytes_per_s: float) -> Network:
         """A network by the book: an all-gather has `ceil(log2 P)` latencies, and arithmetic is free."""
         steps = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-        return cls(ranks, Link(latency_s, bytes_per_s), Link(steps * latency_s, bytes_per_s), gap_s=gap_s)
+        return cls(ranks, Link(latency_s, bytes_per_s), Link(steps * latency_s, bytes_per_s))
 
 
 def probe(comm: Comm, device: torch.device | str = "cpu", repeats: int = 5) -> Network:
@@ -95,12 +93,11 @@ def probe(comm: Comm, device: torch.device | str = "cpu", repeats: int = 5) -> N
             *prober.line(SMALL, LARGE, prober.messages),
             *prober.line(SMALL, max(SMALL, LARGE // (comm.size - 1)), prober.gathers),
             *prober.line(4096, LARGE, prober.updates),
-            prober.gap(),
         ],
         dtype=torch.float64,
         device=device,
     )
-    table = comm.all_gather(found, LABEL).wait().tolist()  # [P, 7]
+    table = comm.all_gather(found, LABEL).wait().tolist()  # [P, 6]
     mean = [sum(column) / comm.size for column in zip(*table)]
     worst = [max(column) for column in zip(*table)]
     return Network(
@@ -108,7 +105,6 @@ def probe(comm: Comm, device: torch.device | str = "cpu", repeats: int = 5) -> N
         message=_link(mean[0], mean[1]),
         collective=_link(worst[2], worst[3] / (comm.size - 1)),
         update=_link(worst[4], worst[5]),
-        gap_s=_round(mean[6]),
     )
 
 
@@ -133,17 +129,6 @@ class _Prober:
         fast, slow = self.seconds(lambda: run(small)) / ROUNDS, self.seconds(lambda: run(large)) / ROUNDS
         per_byte = max(0.0, slow - fast) / max(1, large - small)
         return max(0.0, fast - small * per_byte), per_byte
-
-    def gap(self) -> float:
-        """Seconds by which one more message in flight delays all."""
-
-        def burst(count: int) -> None:
-            handles = [self.comm.exchange([self.send(SMALL)], [self.receive(SMALL)], LABEL) for _ in range(count)]
-            for handle in handles:
-                handle.wait()
-
-        few, many = self.seconds(lambda: burst(1)), self.seconds(lambda: burst(1 + 2 * ROUNDS))
-        return max(0.0, many - few) / (2 * ROUNDS)
 
     def seconds(self, run: Callable[[], None]) -> float:
         times = []

@@ -132,13 +132,13 @@ class Auto(Exchange):
 
     def _agree(self, network: Network, device: torch.device) -> Network:
         """Each node measured its own links: all go by those of rank 0's."""
-        numbers = [network.gap_s]
+        numbers: list[float] = []
         for link in (network.message, network.collective, network.update):
             numbers += [link.latency_s, link.bytes_per_s]
         mine = torch.tensor(numbers, dtype=torch.float64, device=device)
         told = self.comm.broadcast(mine, 0, LABEL).wait().tolist()
-        message, collective, update = (Link(*told[k : k + 2]) for k in (1, 3, 5))
-        return Network(network.ranks, message, collective, update, gap_s=told[0])
+        message, collective, update = (Link(*told[k : k + 2]) for k in (0, 2, 4))
+        return Network(network.ranks, message, collective, update)
 
     def _rate(self, kind: tuple[object, ...], device: torch.device) -> float | None:
         """Seconds of local work a token, alike on all ranks; None while it is being measured."""

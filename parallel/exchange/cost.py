@@ -3,12 +3,11 @@
 `python -m longhaul.parallel.exchange.cost` prints the crossover tables of docs/engines.md.
 
 Formulas (h hops that wait for each other, m bytes of a state, n of a packed map, L seconds of local work; `t(s) = a + s / b`
-a message, `c(s) = a' + s / b'` an all-gather that brings s bytes, `u(s)` one map applied, w the gap between messages):
+a message, `c(s) = a' + s / b'` an all-gather that brings s bytes, `u(s)` one map applied):
 
     all_gather    max(0, c((P - 1) N n) - L) + P N u(m)
     ring          max(0, t(m) - L) + (h - 1) t(m) + h u(m)
-    all_scan      max(0, t(m / K) - L) + (h + K - 2) (t(m / K) + u(m / K)) + u(m / K);
-                  h = 1: max(max(L, t(m / K)) + (K - 1) (w + u(m / K)), t(m)) - L + u(m / K)
+    all_scan      max(0, t(m / K) - L) + (h + K - 2) (t(m / K) + u(m / K)) + u(m / K)
     log_scan      max(0, t(n) - L) + (s - 1) t(n) + 2 s (u(m) + u(n - m)),      s = ceil(log2(h + 1))
     hierarchical  max(0, c1((g - 1) n) - L) + g u(m) + all_scan on h' hops between nodes, of m / g bytes, L = 0
                   + c1((g - 1) m / g) + u(m)
@@ -150,13 +149,8 @@ def _pipeline(work: Workload, network: Network, blocks: int) -> float:
         return 0.0
     size = work.state_bytes / blocks
     hop, update = network.message.seconds(size), network.update.seconds(size)
-    busy = network.gap_s + update  # of a rank, for each block
-    first = max(work.local_s, hop)  # when the first block is there and somebody waits for it
-    if work.hops == 1:  # all blocks left at the start
-        last = max(first + (blocks - 1) * busy, network.message.seconds(work.state_bytes))
-    else:  # a rank takes a block after it has passed on the one before, which waits for the receiver's turn
-        last = first + (work.hops - 1 + blocks - 1) * (hop + update)
-    return last - work.local_s + update
+    # A block is asked for after the one before, so each takes a whole hop, and the last follows K - 1 others.
+    return max(0.0, hop - work.local_s) + (work.hops + blocks - 2) * (hop + update) + update
 
 
 def _log_scan(work: Workload, network: Network) -> float:
@@ -185,12 +179,7 @@ def _hierarchical(work: Workload, levels: Levels) -> Estimate:
     return Estimate(node + across.seconds + gather, across.blocks)
 
 
-# Latency, bandwidth, gap.
-LINKS = {
-    "25 GB/s, 10 us": (10e-6, 25e9, 2e-6),
-    "1.2 GB/s, 30 us": (30e-6, 1.2e9, 5e-6),
-    "100 MB/s, 200 us": (200e-6, 1e8, 20e-6),
-}
+LINKS = {"25 GB/s, 10 us": (10e-6, 25e9), "1.2 GB/s, 30 us": (30e-6, 1.2e9), "100 MB/s, 200 us": (200e-6, 1e8)}
 SIZES = {"Mamba-2, 64 heads of 128 x 64": (64, 128, 64, 1), "delta rule, 16 heads of 128 x 128": (16, 128, 128, 128 * 128)}
 RANKS = (2, 4, 8, 16, 64, 256)
 

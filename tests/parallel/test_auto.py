@@ -31,16 +31,17 @@ SETTINGS = ((1e-3, 1e9, 0.0), (1e-6, 1e6, 0.0), (1e-3, 1e3, 1.0), (1e-5, 1e7, 1e
 # The cost model.
 def simulate(work: Workload, network: Network, blocks: int) -> float:
     """A chain of messages, event by event, without arithmetic: exposed seconds at its end."""
-    size, latency, bandwidth = work.state_bytes / blocks, network.message.latency_s, network.message.bytes_per_s
-    # Rank 0 has all blocks at the start, and sends them one after the other.
-    there = [(block + 1) * size / bandwidth + latency for block in range(blocks)]
-    for _ in range(work.hops - 1):
-        free, arrived = work.local_s, []  # a rank in the middle passes one block on at a time, after its local work
+    hop = network.message.seconds(work.state_bytes / blocks)
+    there = [0.0] * blocks  # rank 0 has all blocks at the start
+    for rank in range(1, work.hops + 1):
+        now, arrived = 0.0, []
         for block in range(blocks):
-            free = max(free, there[block]) + size / bandwidth + latency
-            arrived.append(free)
+            if block == 1 or rank > 1:
+                now = max(now, work.local_s)  # only the first receive of all is under way beside local work
+            now = max(now, there[block]) + hop  # a rank takes one block after the other
+            arrived.append(max(now, work.local_s))
         there = arrived
-    return max(0.0, there[-1] - work.local_s)
+    return there[-1] - work.local_s
 
 
 @pytest.mark.parametrize("local", [0.0, 0.5, 2.0, 3.5, 100.0])
