@@ -111,6 +111,11 @@ def exists(cell: Cell) -> bool:
     """Whether a cell means anything."""
     if tables.layout_of(cell.layout, cell.ranks) is None:
         return False
+    needed = subject(cell.mixer)
+    if not needed.stateful and cell.stream != "fresh":
+        return False
+    if not needed.recurrent and not needed.masks and cell.engine != "all_gather":
+        return False  # it asks no engine: its sums over documents are the same under all of them
     if cell.ranks == 1 and (cell.mixer == MODEL or cell.layout != "contiguous"):
         return False  # one rank holds the stream whatever the layout
     if cell.mixer == MODEL:
@@ -132,22 +137,27 @@ class Narrowing(NamedTuple):
 
 
 def spaces(narrowing: Narrowing, ranks: Sequence[int]) -> list[dict[str, list[str] | list[int]]]:
-    """Values by axis: one product for mixers with a recurrence, one for those without, one for the language model."""
+    """Values by axis: one product for mixers with a recurrence, one for those without, one for the language model.
+
+    Mixers without state stand apart, since their streams are all fresh.
+    """
     mixers = list(narrowing.mixer) or names()
+    # Encoders' mixers need no exchange, or they would be recurrent.
     groups = {
         "recurrent": [name for name in mixers if name != MODEL and subject(name).recurrent],
-        "softmax": [name for name in mixers if name != MODEL and not subject(name).recurrent],
+        "softmax": [name for name in mixers if name != MODEL and not subject(name).recurrent and subject(name).stateful],
+        "encoder": [name for name in mixers if not subject(name).stateful],
         "model": [name for name in mixers if name == MODEL],
     }
     found = []
     for kind, members in groups.items():
-        engines = list(ENGINES if kind == "softmax" else EXCHANGES)
+        engines = list(ENGINES if kind in ("softmax", "encoder") else EXCHANGES)
         axes: dict[str, list[str] | list[int]] = {
             "mixer": members,
             "engine": engines,
             "layout": tables.layout_names(),
             "documents": list(tables.DOCUMENTS),
-            "stream": list(tables.STREAMS) if kind != "model" else ["fresh"],
+            "stream": list(tables.STREAMS) if kind in ("recurrent", "softmax") else ["fresh"],
             "dtype": list(DTYPES),
             "ranks": list(ranks),
         }
@@ -237,13 +247,21 @@ def _cover(axes: Mapping[str, Sequence[object]], seed: int) -> list[Cell]:
                 gain = sum(other in missing for other in _pairs(cell))
                 if best is None or gain > best[0]:
                     best = gain, cell
-        if best is None:
+        found = best[1] if best is not None else _any_with(pair, columns)
+        if found is None:
             del missing[pair]  # no served cell has both
             continue
-        cells.append(best[1])
-        for other in _pairs(best[1]):
+        cells.append(found)
+        for other in _pairs(found):
             missing.pop(other, None)
     return cells + list(refused.values())
+
+
+def _any_with(pair: Pair, columns: list[list[object]]) -> Cell | None:
+    """Some served cell with both values."""
+    fixed = {pair[0]: pair[1], pair[2]: pair[3]}
+    product = itertools.product(*([fixed[axis]] if axis in fixed else column for axis, column in enumerate(columns)))
+    return next((cell for cell in map(Cell._make, product) if _served(cell)), None)
 
 
 def _climb(values: list[object], columns: list[list[object]], fixed: Pair, missing: dict[Pair, None]) -> list[object]:

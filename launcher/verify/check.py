@@ -125,8 +125,10 @@ class Checker:
         x, dy = problem.x.clone(), torch.zeros_like(problem.dy)
         x[token:last] = -x[token:last].flip(0) + 0.5
         dy[first:last] = problem.dy[first:last]
-        edited = problem._replace(x=x, dy=dy, dstate=None)
-        actual = run(reference.module, self._shard(engine, documents, False), edited, rows)
+        # The state is asked for as before, since an exchange may take another way without it and round otherwise.
+        dstate = None if problem.dstate is None else [torch.zeros_like(tensor) for tensor in problem.dstate]
+        edited = problem._replace(x=x, dy=dy, dstate=dstate)
+        actual = run(reference.module, self._shard(engine, documents, dstate is not None), edited, rows)
         where = torch.cat([torch.arange(a, b) for a, b in rows]).to(x.device)
         other, before = (where < first) | (where >= last), (where >= first) & (where < token)
         change = (actual.y - y).abs().amax(1) if y.numel() else y.new_zeros(0)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from longhaul.models import encoder
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.registry import MIXERS
 from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.segments import Documents
-from longhaul.models.sequence import WholeSequence
+from longhaul.models.sequence import SequenceShard, WholeSequence
 
 WIDTH = 16
 VOCABULARY = 24
@@ -81,6 +82,7 @@ USUAL = {"A_log": (-6.0, -4.0), "log_A_real": (-4.0, -2.0)}
 
 WINDOW = "attention_window"
 MODEL = "language_model"
+ENCODERS = {f"encoder_{name}": name for name in encoder.MIXERS}
 
 
 class Subject(NamedTuple):
@@ -92,6 +94,7 @@ class Subject(NamedTuple):
         make: a fresh module, parameters seeded, in float32.
         causal: no output depends on later tokens.
         static: shapes do not depend on values, so one document may not change a bit of another.
+        stateful: a stream may be continued.
         is_model: a whole language model, verified through an optimizer step.
     """
 
@@ -101,12 +104,13 @@ class Subject(NamedTuple):
     make: Callable[[], nn.Module]
     causal: bool = True
     static: bool = True
+    stateful: bool = True
     is_model: bool = False
 
 
 def names() -> list[str]:
-    """Every registered mixer, attention with a window, and the language model."""
-    return [*MIXERS, WINDOW, MODEL]
+    """Every registered mixer, attention with a window, the encoder's mixers, and the language model."""
+    return [*MIXERS, WINDOW, *ENCODERS, MODEL]
 
 
 @functools.cache
@@ -120,11 +124,29 @@ def subject(name: str) -> Subject:
     module = make()
     with torch.no_grad():
         module(torch.zeros(10, WIDTH), shard, None)
-    causal = bool(getattr(module, "causal", name not in BOTH_WAYS))
-    return Subject(name, shard.recurrent, tuple(shard.masks), make, causal, name not in ROUTED)
+    causal = bool(getattr(module, "causal", name not in (*BOTH_WAYS, *ENCODERS)))
+    masks = tuple(dict.fromkeys(shard.masks))
+    return Subject(name, shard.recurrent, masks, make, causal, name not in ROUTED, name not in ENCODERS)
+
+
+class _Stateless(nn.Module):
+    """A mixer of the encoder, called like the others."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def reset_parameters(self) -> None:
+        self.mixer.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor, shard: SequenceShard, state: Any = None) -> tuple[torch.Tensor, Any]:
+        return self.mixer(x, shard), ()
 
 
 def _registered(name: str) -> nn.Module:
+    if name in ENCODERS:
+        sizes = encoder.EncoderConfig(hidden_size=WIDTH, num_heads=4, max_positions=64, projected=5)
+        return prepared(_Stateless(encoder.MIXERS[ENCODERS[name]](sizes)), {})
     mixer = "attention" if name == WINDOW else name
     options = {"attention": replace(ModelConfig().attention, window=9)} if name == WINDOW else {}
     return prepared(MIXERS[mixer].build(config(**options), LAYER), REMEMBER.get(mixer, {}))
