@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .bidirectional import BidirectionalMixer
 from .borders import KEEP, Borders
+from .config import PREFIX_MIXERS
 from .errors import UserError
-from .moe import MoE
+from .mixers.registry import MIXERS
 from .ops.segments import Documents
 from .sequence import SequenceShard
 
@@ -97,20 +98,23 @@ def check_streamable(model: nn.Module) -> None:
     """Refuse a model whose gradients chunks cannot give.
 
     Raises:
-        UserError: it looks both ways, or has a loss over whole documents.
+        UserError: it looks both ways (a prefix, too), or has a loss over whole documents.
     """
+    prefix = tuple(MIXERS[name] for name in PREFIX_MIXERS)
     for name, module in model.named_modules():
-        mask = getattr(module, "mask", None)
-        if isinstance(module, BidirectionalMixer) or (mask is not None and not getattr(mask, "causal", True)):
+        mask, config = getattr(module, "mask", None), getattr(module, "config", None)
+        both_ways = mask is not None and not getattr(mask, "causal", True)
+        if both_ways or isinstance(module, (BidirectionalMixer, *prefix)):
             raise UserError(
                 f"Layer {name!r} ({type(module).__name__}) looks both ways, so a stream cannot be cut into chunks: leave "
                 "stream_tokens out and spread the sequence over more ranks."
             )
-        if isinstance(module, MoE) and (module.config.balance_weight or module.config.z_weight):
+        weights = {key: getattr(config, key, 0.0) for key in ("balance_weight", "z_weight")}
+        if any(weights.values()):
+            told = ", ".join(f"{key} {value:g}" for key, value in weights.items() if value)
             raise UserError(
-                f"Layer {name!r} has an auxiliary loss over whole documents (balance_weight "
-                f"{module.config.balance_weight:g}, z_weight {module.config.z_weight:g}), which chunks do not see: set both "
-                "weights to 0 or leave stream_tokens out."
+                f"Layer {name!r} ({type(module).__name__}) has an auxiliary loss over whole documents ({told}), of which a "
+                "chunk sees a part: set it to 0 or leave stream_tokens out."
             )
 
 
@@ -269,7 +273,8 @@ class _Sums:
         self.loss = self.weight = torch.zeros((), dtype=torch.float64)
 
     def add(self, output: Any) -> None:
-        assert output.aux_sum is None, "a model with auxiliary losses is refused by check_streamable"
+        if output.aux_sum is not None:
+            raise UserError("The model has an auxiliary loss over whole documents, of which a chunk sees a part: remove it.")
         self.loss = self.loss.to(output.loss_sum.device) + output.loss_sum.detach()
         self.weight = self.weight.to(output.weight_sum.device) + output.weight_sum.detach()
 

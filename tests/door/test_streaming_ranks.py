@@ -1,6 +1,5 @@
 """Streaming over ranks: each chunk is spread over them, and gradients are those of the whole stream in one process."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from longhaul.launcher.step import Stepper
 from longhaul.models.config import LINEAR_MIXERS, ModelConfig
 from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.attention import AttentionConfig
-from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.ops.segments import Documents
 from longhaul.models.streaming import LongStream, Streaming
 from longhaul.parallel.comm import Comm, Ledger
@@ -24,7 +22,7 @@ from tests.harness.numerics import assert_close, assert_trees_close
 from tests.harness.pool import run_ranks
 from tests.launcher import test_loss
 from tests.launcher.runs import whole_parameters
-from tests.models.test_streaming import CHUNK, LENGTH, SCALE, model_of, reference, state_before, stream_of
+from tests.models.test_streaming import CHUNK, LENGTH, SCALE, model_of, reference, state_before, stream_of, streamable
 
 HYBRIDS = {"window": 4, "full attention": None}
 
@@ -32,10 +30,7 @@ HYBRIDS = {"window": 4, "full attention": None}
 def make(subject: str) -> LanguageModel:
     if subject in HYBRIDS:
         return model_of(pattern="LN", linear_mixer="mamba2", attention=AttentionConfig(window=HYBRIDS[subject]))
-    options = getattr(ModelConfig(mamba2=Mamba2Config(state_size=6, head_dim=8, num_groups=2, chunk=8)), subject)
-    if hasattr(options, "iterations"):
-        options = dataclasses.replace(options, iterations=10)
-    return model_of(linear_mixer=subject, **{subject: options})
+    return model_of(linear_mixer=subject, **{subject: streamable(subject)})
 
 
 def compare(rank: int, world_size: int, subject: str, exchange: str, keep: str) -> None:

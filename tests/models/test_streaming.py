@@ -56,6 +56,13 @@ def model_of(**changes: Any) -> LanguageModel:
     return model
 
 
+def streamable(mixer: str) -> Any:
+    """Its options, without a loss over documents; Newton's method ends in the same states if it is let to converge."""
+    options = getattr(CONFIG, mixer)
+    wanted = {"balance_weight": 0.0, "iterations": 10}
+    return dataclasses.replace(options, **{name: value for name, value in wanted.items() if hasattr(options, name)})
+
+
 def stream_of(bounds: tuple[int, ...] = BOUNDS, first_position: int = 0) -> LongStream:
     generator = torch.Generator().manual_seed(1)
     length = bounds[-1]
@@ -101,10 +108,7 @@ def streamed(
 
 @pytest.mark.parametrize("mixer", LINEAR_MIXERS)
 def test_gradients_are_those_of_the_whole_stream(mixer: str) -> None:
-    options = getattr(CONFIG, mixer)
-    if hasattr(options, "iterations"):  # Newton's method ends in the same states if it is let to converge
-        options = dataclasses.replace(options, iterations=10)
-    model = model_of(linear_mixer=mixer, **{mixer: options})
+    model = model_of(linear_mixer=mixer, **{mixer: streamable(mixer)})
     for first_position, bounds in ((0, BOUNDS), (7, BOUNDS), (7, (0, LENGTH))):
         stream = stream_of(bounds, first_position)
         state = state_before(model) if first_position else None
@@ -239,6 +243,12 @@ def test_models_that_look_both_ways_and_document_losses_are_refused() -> None:
     options = {"num_experts": 3, "expert_hidden_size": 4}
     with pytest.raises(UserError, match=r"balance_weight 0\.01"):
         check_streamable(model_of(ffn="moe", moe=MoEConfig(**options)))
+    with pytest.raises(UserError, match=r"balance_weight 0\.02"):
+        check_streamable(model_of(linear_mixer="mom"))
+    with pytest.raises(UserError, match="JRT"):
+        check_streamable(model_of(linear_mixer="jrt"))
+    with pytest.raises(UserError, match="auxiliary"):
+        streamed(model_of(linear_mixer="mom"), stream_of())
     model, stream = model_of(ffn="moe", moe=MoEConfig(**options, balance_weight=0.0)), stream_of()
     check_streamable(model)
     assert_trees_close(streamed(model, stream)[0], reference(model, stream), "experts without a balance loss")
