@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("longhaul.launcher.report", "write the one-page report of a run"),
     "bench": ("longhaul.launcher.bench", "measure steps, memory and communication"),
     "verify": ("longhaul.launcher.verify", "prove that N ranks equal one, on this machine"),
+    "plan": ("longhaul.launcher.plan", "show how uneven documents would be spread over ranks, and what to change"),
     "doctor": ("longhaul.launcher.doctor", "say what this machine has and what is missing"),
 }
 

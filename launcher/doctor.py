@@ -30,6 +30,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "megatron-core": ("megatron", "our mixers inside Megatron models"),
     "mpi4py": ("mpi", "launching under mpirun"),
     "highspy": ("planner", "exact plans for uneven documents"),
+    "scipy": ("planner", "bounds on plans, and exact ones without highspy"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Clusters for `longhaul plan --cluster NAME`."""
