@@ -59,7 +59,6 @@ def measure(case: Case, config: ModelConfig, gradients: Path) -> dict[str, Any]:
     with device:
         model = LanguageModel(config)
     model.activation_checkpointing = case.checkpointing
-    check_streamable(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
@@ -188,6 +187,8 @@ def main(argv: Sequence[str]) -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device is {options.device}, but there is no GPU here: use cpu.")
     config, results = model_config(options), []
+    with torch.device("meta"):
+        check_streamable(LanguageModel(config))
     with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
         for length in options.lengths:
             pair = []
