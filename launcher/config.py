@@ -168,6 +168,10 @@ class TrainingConfig:
     activation_checkpointing: str = "none"
     """`none` keeps activations; `full` recomputes each layer in the backward, and sends nothing again."""
 
+    stream_tokens: int | None = None
+    """Run each stream in chunks of so many tokens and keep only the states at their borders: for streams longer than memory,
+    with the gradients of the whole (docs/streaming.md); whole if left out."""
+
     eval_every: int = 0
     """Steps between evaluations on held-out documents; 0 evaluates after the last step only."""
 
@@ -192,6 +196,8 @@ class TrainingConfig:
             )
         if self.global_batch_size is not None:
             _at_least("train.global_batch_size", self.global_batch_size, 1)
+        if self.stream_tokens is not None:
+            _at_least("train.stream_tokens", self.stream_tokens, 1)
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))

@@ -105,6 +105,7 @@ class Trainer:
             clip=config.optimizer.clip,
             precision=config.train.precision,
             carry_state=config.data.carry_state,
+            stream_tokens=config.train.stream_tokens,
             stop_signal=stop_signal,
         )
         self.checkpoints = Checkpoints(self.folder, runtime, config.checkpoint.keep, config.checkpoint.background)

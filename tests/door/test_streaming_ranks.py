@@ -1,5 +1,6 @@
 """Streaming over ranks: each chunk is spread over them, and gradients are those of the whole stream in one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from longhaul.parallel.runtime import Runtime
 from tests.harness.numerics import assert_close, assert_trees_close
 from tests.harness.pool import run_ranks
 from tests.launcher import test_loss
-from tests.launcher.runs import whole_parameters
+from tests.launcher.runs import tiny, train_rank, whole_parameters, write_corpus
 from tests.models.test_streaming import CHUNK, LENGTH, SCALE, model_of, reference, state_before, stream_of, streamable
 
 HYBRIDS = {"window": 4, "full attention": None}
@@ -132,3 +133,15 @@ def test_evaluation_of_the_trainer_is_that_of_the_whole() -> None:
         )
         found.append(torch.tensor(stepper.evaluate(samples, 0, 1)[0], dtype=torch.float64))
     assert_close(found[1], found[0], "loss")
+
+
+@pytest.mark.parametrize("carry_state", (False, True))
+def test_a_run_is_the_same(carry_state: bool, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    found = []
+    for chunk in (None, 37):
+        sections: dict[str, Any] = {"data": {"carry_state": carry_state}, "checkpoint": {"every": 0}}
+        config = tiny(tmp_path, **sections, train={"stream_tokens": chunk, "steps": 3}, optimizer={"name": "sgd"})
+        outcome, parameters = train_rank(0, 1, config)
+        found.append({"loss": outcome.held_out_loss, "parameters": parameters})
+    assert_trees_close(found[1], found[0], "chunks of 37", tolerance=1e-5)
