@@ -19,7 +19,6 @@ from longhaul.parallel.attention.registry import ENGINES
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.exchange.registry import EXCHANGES
-from longhaul.parallel.layout import LAYOUTS
 
 from . import tables
 from .subjects import MODEL, names, subject
@@ -118,10 +117,7 @@ def exists(cell: Cell) -> bool:
         return False  # it asks no engine: its sums over documents are the same under all of them
     if cell.ranks == 1 and (cell.mixer == MODEL or cell.layout != "contiguous"):
         return False  # one rank holds the stream whatever the layout
-    if cell.mixer == MODEL:
-        # Batches are cut before the documents are known, and training checks no state.
-        return cell.stream == "fresh" and not LAYOUTS[tables.layout_of(cell.layout, cell.ranks)[0]].per_document  # type: ignore[index]
-    return True
+    return cell.mixer != MODEL or cell.stream == "fresh"  # a step is given no state to compare
 
 
 class Narrowing(NamedTuple):
