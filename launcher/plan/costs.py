@@ -110,7 +110,9 @@ def cost_model(
         softmax_engine or SOFTMAX_ENGINE[parallel.attention],
     )
     layers = tuple(
-        _layer(layer, constants.rate(layer.mixer), share, engines, number) for layer in facts.layers if layer.mixer != DENSE
+        _layer(layer, constants.rate(layer.mixer), share, engines, number, facts.width)
+        for layer in facts.layers
+        if layer.mixer != DENSE
     )
     if not layers:
         layers = (LayerCost("softmax", 1, "head_split", linear=rest),)
@@ -121,7 +123,7 @@ def cost_model(
     return CostModel(layers, bias, per_token, states, objective)
 
 
-def _layer(facts: LayerFacts, rate: Rate, share: float, engines: tuple[str, str], number: int) -> LayerCost:
+def _layer(facts: LayerFacts, rate: Rate, share: float, engines: tuple[str, str], number: int, width: int) -> LayerCost:
     linear_engine, softmax_engine = engines
     linear = rate.linear * facts.linear + share
     if facts.mixer == "attention":
@@ -135,7 +137,7 @@ def _layer(facts: LayerFacts, rate: Rate, share: float, engines: tuple[str, str]
         facts.layers,
         linear_engine,
         linear,
-        token_bytes=8.0 * number * facts.width if whole else 0.0,
+        token_bytes=8.0 * number * width if whole else 0.0,
         state_bytes=0.0 if whole else 4.0 * facts.states,
         halo_bytes=4.0 * facts.halo,
         passes=2,

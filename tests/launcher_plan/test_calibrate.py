@@ -140,3 +140,13 @@ def test_published_constants_give_the_published_model_back() -> None:
     assert layer.layers * layer.quadratic == pytest.approx(quadratic, rel=1e-9)
     assert layer.layers * layer.linear == pytest.approx(linear, rel=0.05)
     assert model.bias == pytest.approx(bias, rel=0.05)
+
+
+def test_engines_of_a_run_become_the_planner_s() -> None:
+    def engines(**flags: str) -> list[tuple[str, bool, bool]]:
+        model = cost_model(facts_of(MODEL), TrainConfig(model=MODEL), published_constants(), 8, **flags)
+        return [(layer.engine, layer.token_bytes > 0, layer.state_bytes > 0) for layer in model.layers]
+
+    assert engines() == [("all_gather", False, True), ("all_gather", True, False)]
+    assert engines(linear_engine="scan", softmax_engine="ring") == [("scan", False, True), ("ring", True, False)]
+    assert engines(linear_engine="head_split")[0] == ("head_split", True, False)
