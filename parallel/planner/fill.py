@@ -62,11 +62,13 @@ def fill(
     latest = num_open = tried = 0
     loose = False
     lowest_kind = next(kind for kind in range(count) if degrees[kind] >= least)
-    first_kind = count - 1 if pool is None else lowest_kind
+    # Where larger groups are faster, the smallest that fits moves down only, as documents get shorter.
+    falling = pool is None and problem.falling
+    first_kind = count - 1 if falling else lowest_kind
     for position, i in enumerate(documents):
         tried += 1
         time, tokens, limit = times[i], lengths[i], ratio * areas[i]
-        if pool is None:
+        if falling:
             while first_kind > lowest_kind and time[first_kind - 1] + start[first_kind - 1] <= height:
                 first_kind -= 1
         needed, done = 0, False

@@ -80,6 +80,9 @@ class Problem:
             [(start, table.tolist()) for start, table in zip(starts, tables, strict=True)] if len(tables) > 1 else []
         )
         self.time: list[list[int]] = self.table.tolist()
+        # Whether every document alone is no slower in a larger group; slow links may make it slower.
+        alone = np.minimum(self.table + np.asarray(self.start, np.int64), NEVER)
+        self.falling = bool((alone[:, 1:] <= alone[:, :-1]).all())
         self.powers = [kind.power for kind in self.kinds]
         self.power = sum(cluster.speed(rank) for rank in range(cluster.ranks))
         feasible = self.table < NEVER

@@ -11,7 +11,8 @@ from longhaul.models.ops.segments import Documents, Segments
 from tests.harness.cases import slow_log_decay
 from tests.harness.numerics import assert_bitwise_equal, assert_close
 
-HEADS, WIDTH_K, WIDTH_V, CHUNK = 4, 3, 5, 16
+WIDTH_K, WIDTH_V, CHUNK = 3, 5, 16
+HEADS = 4
 STREAMS = {
     "one": ((0, 70), 0, [(0, 70)]),
     "continued": ((0, 70), 5, [(0, 70)]),
@@ -25,7 +26,7 @@ DECAYS = ("none", "constant", "data")
 
 
 class Case:
-    def __init__(self, stream: str, decay: str, groups: int, generator: torch.Generator) -> None:
+    def __init__(self, stream: str, decay: str, groups: int, generator: torch.Generator, heads: int = HEADS) -> None:
         bounds, first, parts = STREAMS[stream]
         self.segments = Segments(Documents(bounds, first), parts)
         T, N = self.segments.num_tokens, self.segments.num_parts
@@ -34,10 +35,10 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.q, self.k = normal(T, groups, WIDTH_K), normal(T, groups, WIDTH_K)
-        self.v, self.S_in = normal(T, HEADS, WIDTH_V), normal(N, HEADS, WIDTH_K, WIDTH_V)
-        self.dout, self.dS_out = normal(T, HEADS, WIDTH_V), normal(N, HEADS, WIDTH_K, WIDTH_V)
-        self.constant = slow_log_decay(1, HEADS, generator)[0] if decay == "constant" else None
-        self.data = slow_log_decay(T, HEADS, generator) if decay == "data" else None
+        self.v, self.S_in = normal(T, heads, WIDTH_V), normal(N, heads, WIDTH_K, WIDTH_V)
+        self.dout, self.dS_out = normal(T, heads, WIDTH_V), normal(N, heads, WIDTH_K, WIDTH_V)
+        self.constant = slow_log_decay(1, heads, generator)[0] if decay == "constant" else None
+        self.data = slow_log_decay(T, heads, generator) if decay == "data" else None
         self.leaves = [x for x in (self.q, self.k, self.v, self.S_in, self.data) if x is not None]
         for leaf in self.leaves:
             leaf.requires_grad_()
@@ -65,11 +66,11 @@ class ByAutograd(Recurrence):
         return Identity.from_vjp(vjp, offset) if self.decay == "none" else LogScale.from_vjp(vjp, offset, axes=1)
 
 
-@pytest.mark.parametrize("groups", (1, 2, 4))
+@pytest.mark.parametrize("groups, heads", [(1, 4), (2, 4), (4, 4), (1, 1)])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_chunks_equal_tokens(stream: str, decay: str, groups: int, generator: torch.Generator) -> None:
-    case = Case(stream, decay, groups, generator)
+def test_chunks_equal_tokens(stream: str, decay: str, groups: int, heads: int, generator: torch.Generator) -> None:
+    case = Case(stream, decay, groups, generator, heads)
     oracle = scalar_decay(
         case.q, case.k, case.v, case.constant if case.data is None else case.data, case.segments, case.S_in
     )

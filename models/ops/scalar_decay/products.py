@@ -158,7 +158,7 @@ class Chunks:
 
     def _weigh(self, scores: Tensor, decays: Tensor, values: Tensor) -> Tensor:
         """[m, G, C, C], [m, H or 1, C, C], [m, C, H, V] -> [m, C, H, V]."""
-        if decays.shape[1] == 1:
+        if self.c is None:
             return self.from_side((scores * decays) @ self.side_by_side(values))
         weights = scores[:, :, None] * decays.unflatten(1, (self.groups, self.per_group))
         return self.from_head(weights @ self.by_head(values))
@@ -191,7 +191,7 @@ class Chunks:
             scores, dout = q @ k.mT, dO[chunks]
             entering = self.between(states, chunks, 0).flatten(3)  # [m, G, K, R * V]
             weighted = dout * head[chunks]
-            if decays.shape[1] == 1:
+            if self.c is None:
                 weights = scores * decays
                 dv[chunks] = self.from_side(weights.mT @ self.side_by_side(dout))
                 dscores = (self.side_by_side(dout) @ self.side_by_side(self.v[chunks]).mT) * decays
