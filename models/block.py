@@ -65,12 +65,14 @@ class Block(nn.Module):
             assert self.mixer_norm is not None
             normed = self.mixer_norm(x)
             # Optional plug points: a mixer may read earlier layers' pools, and may have a loss of its own.
-            if hasattr(self.mixer, "recall"):
-                y, state, pool = self.mixer.recall(normed, shard, state, memory)
+            recall: Any = getattr(self.mixer, "recall", None)
+            auxiliary: Any = getattr(self.mixer, "auxiliary", None)
+            if recall is not None:
+                y, state, pool = recall(normed, shard, state, memory)
             else:
                 y, state = self.mixer(normed, shard, state)
-            if hasattr(self.mixer, "auxiliary"):
-                aux = self.mixer.auxiliary(normed, shard)
+            if auxiliary is not None:
+                aux = auxiliary(normed, shard)
             x = x + y
         if self.ffn is not None:
             assert self.ffn_norm is not None
