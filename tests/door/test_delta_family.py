@@ -57,7 +57,7 @@ def exactness(rank: int, world_size: int, mixer: str, num_tokens: int, dtype: to
     """The worst error of every tensor over all tables and layouts, with where it was."""
     comm, worst = Comm(dist.group.WORLD), {}
     module = make_module(mixer, dtype)
-    takes = every_third()
+    takes = every_third(world_size)
     for table, bounds in document_tables(num_tokens).items():
         for first_position, keep_state in ((0, False), (5, True)):
             documents = Documents(bounds, first_position)

@@ -60,7 +60,7 @@ def make_module(mixer: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 def exactness(rank: int, world_size: int, mixer: str, num_tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """The worst error of every tensor over all tables and layouts, with where it was."""
     comm, worst, module = Comm(dist.group.WORLD), {}, make_module(mixer, dtype)
-    takes = every_third()
+    takes = every_third(world_size)
     for table, bounds in document_tables(num_tokens).items():
         for first_position, keep_state in ((0, True), (5, True), (5, False)):
             documents = Documents(bounds, first_position)

@@ -86,7 +86,7 @@ def exactness(rank: int, world_size: int, variant: str, num_tokens: int, dtype: 
     """The worst error of every tensor over tables and layouts, with where it was."""
     comm, worst, scores = Comm(dist.group.WORLD), {}, Scores()
     model = make_model(variant, dtype)
-    takes = every_third()
+    takes = every_third(world_size)
     for table, first_position, keep_state in (
         ("one", 5, True), ("many_short", 0, False), ("spanning", 9, True), ("mixed", 0, True)
     ):  # fmt: skip

@@ -150,7 +150,7 @@ def exactness(rank: int, world_size: int, variant: str, exchange: str, dtype: to
         carry = EXCHANGES[exchange](comm)
         return RankShard(layout, documents, comm, carry, AllGatherAttention(comm), keep_state=keep_state)
 
-    takes = every_third()
+    takes = every_third(world_size)
     for table, bounds in document_tables(num_tokens).items():
         for first_position, keep_state in ((0, False), (5, True)):
             documents = Documents(bounds, first_position)
