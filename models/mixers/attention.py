@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.attention import Mask
-from ..ops.rope import rope
+from ..ops.rope import rope_in_documents
 from ..sequence import KVState, SequenceShard
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class SoftmaxAttention(nn.Module):
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim))  # [T, H + 2 Hkv, K]
         q, k, v = qkv.split(heads, dim=1)
-        q, k = (rope(tensor, shard.positions, self.config.rope_base) for tensor in (q, k))
+        q, k = (rope_in_documents(tensor, shard.segments, self.config.rope_base) for tensor in (q, k))
         o, state = shard.attend(q, k, v, self.mask, state)
         return self.out(o.flatten(1)), state  # [T, H, K] -> [T, D]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.rope import rope
+from ..ops.rope import rope_in_documents
 from ..sequence import SequenceShard
 from .linear_attention import LinearAttention, LinearAttentionConfig
 
@@ -64,4 +64,4 @@ class Retention(LinearAttention):
         return self.decay
 
     def rotate(self, x: Tensor, shard: SequenceShard) -> Tensor:
-        return rope(x, shard.positions, self.config.rope_base) if self.config.rotary else x
+        return rope_in_documents(x, shard.segments, self.config.rope_base) if self.config.rotary else x

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .segments import Segments
+
 
 def rope_table(positions: Tensor, width: int, base: float = 10000.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosines and sines of every token's angles, for all layers of a model that share a base.
@@ -65,3 +67,14 @@ def rope(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary embedding of x [T, H, K] at positions [T], computed in at least float32, in the dtype of x."""
     dtype = torch.promote_types(torch.float32, x.dtype)
     return rotate(x, rope_table(positions, x.shape[-1], base, dtype))
+
+
+def rope_in_documents(x: Tensor, segments: Segments, base: float = 10000.0) -> Tensor:
+    """Rotary embedding of x [T, H, K] at each token's position in its document.
+
+    The table is made once for all layers that share a width and a base: its float64 angles cost more than turning.
+    """
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    key = ("rope", x.shape[-1], base, dtype, str(x.device))
+    table = segments.cached(key, lambda: rope_table(segments.positions(x.device), x.shape[-1], base, dtype))
+    return rotate(x, table)

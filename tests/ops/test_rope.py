@@ -5,7 +5,8 @@ import cmath
 import pytest
 import torch
 
-from longhaul.models.ops.rope import rope, rope_table, rotate
+from longhaul.models.ops.rope import rope, rope_in_documents, rope_table, rotate
+from longhaul.models.ops.segments import Documents, Segments
 from tests.harness.numerics import assert_bitwise_equal, assert_close
 
 POSITIONS = torch.tensor([0, 1, 2, 0, 1, 4095, 10_000_019])
@@ -62,3 +63,13 @@ def test_no_tokens():
 def test_odd_width_is_named():
     with pytest.raises(ValueError, match="even, but is 5"):
         rope(torch.zeros(3, 2, 5), torch.zeros(3, dtype=torch.int64))
+
+
+def test_one_table_serves_all_layers_of_a_stream():
+    segments = Segments(Documents((0, 5, 12), first_position=3), [(2, 11)])
+    x = torch.randn(9, 2, 8, dtype=torch.float64)
+    assert_close(rope_in_documents(x, segments), rope(x, segments.positions()), "x")
+    table = next(iter(key for key in segments._cache if key[0] == "rope"))
+    kept = segments._cache[table]
+    rope_in_documents(x * 2, segments)
+    assert segments._cache[table] is kept
