@@ -1,4 +1,4 @@
-"""Fit the cost model to measured times, once by least squares and then online with each step's timers.
+"""Fit the cost model to measured times by least squares (`learn.py` goes on with each step's timers).
 
 A sample is a group that ran alone or in a step: its documents' lengths, its kind of block and the seconds it took. The
 unknowns are the coefficients of the model: quadratic and linear seconds of each kind of layer cannot be told apart by a
@@ -64,15 +64,14 @@ def quantise(value: float) -> float:
 
 
 def scaled(model: CostModel, scale: np.ndarray) -> CostModel:
-    """The model with each term multiplied; traffic and exchange are scaled by their bytes."""
+    """The model with each term multiplied: traffic by its bytes, exchange by its passes (latency and bytes alike)."""
     layers = tuple(
         replace(
             layer,
             quadratic=quantise(layer.quadratic * scale[0]),
             linear=quantise(layer.linear * scale[1]),
             token_bytes=quantise(layer.token_bytes * scale[2]),
-            state_bytes=quantise(layer.state_bytes * scale[3]),
-            halo_bytes=quantise(layer.halo_bytes * scale[3]),
+            passes=quantise(layer.passes * scale[3]),
         )
         for layer in model.layers
     )
@@ -98,14 +97,20 @@ def fit_scale(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> 
     seen = np.flatnonzero(weighted.max(axis=0) > 1e-6)
     scale = np.ones(len(TERMS))
     target = 1.0 - weighted[:, [t for t in range(len(TERMS)) if t not in seen]].sum(axis=1)
-    active = list(seen)
+    scale[seen] = non_negative(weighted[:, seen], target)
+    return scale
+
+
+def non_negative(table: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares with no negative coefficient: [samples, terms], [samples] -> [terms]."""
+    scale = np.zeros(table.shape[1])
+    active = list(range(table.shape[1]))
     while active:  # drop the most negative term until none is: few terms, so this is cheap and deterministic
-        found = np.linalg.lstsq(weighted[:, active], target, rcond=1e-9)[0]
+        found = np.linalg.lstsq(table[:, active], target, rcond=1e-9)[0]
         worst = int(np.argmin(found))
         if found[worst] >= 0.0:
             scale[active] = found
             break
-        scale[active[worst]] = 0.0
         active.pop(worst)
     return scale
 
@@ -125,48 +130,6 @@ def calibrate(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> 
     if any(sample.time <= 0 for sample in samples):
         raise UserError("A sample took no time: time groups with a synchronised clock.")
     return scaled(model, fit_scale(samples, cluster, model))
-
-
-@dataclass(frozen=True)
-class Online:
-    """A cost model that follows the step timers.
-
-    Each step's samples (already reduced over ranks, so that all see the same) give a scale of the computing terms and
-    one of the bias; both are averaged exponentially. The model in use changes only when the average has drifted by
-    `hysteresis`, so that plans do not flicker. `state` is what a checkpoint keeps.
-
-    Attributes:
-        model: the model in use.
-        cluster: where the samples ran.
-        average: averaged ratio of measured to predicted time.
-        error: averaged relative error of the predictions.
-        weight: weight of a new step.
-        hysteresis: drift that changes the model.
-    """
-
-    model: CostModel
-    cluster: Cluster
-    average: float = 1.0
-    error: float = 0.0
-    weight: float = 0.1
-    hysteresis: float = 0.03
-
-    def update(self, samples: Sequence[Sample]) -> Online:
-        """The next state, given a step's samples."""
-        if not samples:
-            return self
-        predicted = sum(predict(sample, self.cluster, self.model) for sample in samples)
-        measured = sum(sample.time for sample in samples)
-        error = prediction_error(samples, self.cluster, self.model)
-        average = quantise((1.0 - self.weight) * self.average + self.weight * measured / predicted)
-        error = quantise((1.0 - self.weight) * self.error + self.weight * error)
-        if abs(average - 1.0) <= self.hysteresis:
-            return replace(self, average=average, error=error)
-        return replace(self, model=scaled(self.model, np.full(len(TERMS), average)), average=1.0, error=error)
-
-    def state(self) -> dict[str, float]:
-        """Numbers a checkpoint keeps beside the model's own."""
-        return {"average": self.average, "error": self.error}
 
 
 def updated_speeds(

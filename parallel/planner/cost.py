@@ -39,7 +39,7 @@ class LayerCost:
         token_bytes: bytes a token puts on the wire, one layer, all passes (not for state engines).
         state_bytes: bytes of one state (state engines).
         halo_bytes: bytes of the convolution's halo a layer, sent to one neighbour.
-        passes: exchanges a step (forward, recomputed forward, backward).
+        passes: exchanges a step (forward, recomputed forward, backward); fitted, any number.
         max_degree: most ranks the engine can use (heads, for `head_split`).
     """
 
@@ -52,7 +52,7 @@ class LayerCost:
     token_bytes: float = 0.0
     state_bytes: float = 0.0
     halo_bytes: float = 0.0
-    passes: int = 3
+    passes: float = 3
     max_degree: int | None = None
 
     def __post_init__(self) -> None:

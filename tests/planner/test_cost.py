@@ -1,5 +1,6 @@
 """The cost model against formulas written out, and its calibration on times it did not make."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from longhaul.models.errors import UserError
 from longhaul.parallel.planner import CostModel, LayerCost, plan, published
 from longhaul.parallel.planner.calibrate import (
-    Online,
     Sample,
     calibrate,
     kind_at,
@@ -17,6 +17,7 @@ from longhaul.parallel.planner.calibrate import (
     updated_speeds,
 )
 from longhaul.parallel.planner.cost import PUBLISHED, PUBLISHED_ALL_TO_ALL
+from longhaul.parallel.planner.learn import KEPT, Learner
 from longhaul.parallel.planner.problem import Problem
 from tests.planner.setting import cluster_of, lengths_of
 
@@ -112,20 +113,31 @@ def test_calibration_keeps_what_no_sample_shows_and_nothing_negative():
         kind_at(cluster, 8, 4)
 
 
-def test_online_follows_a_drift_with_hysteresis():
-    online = Online(published(), cluster_of())
-    batch = [Sample((20_000,), 4, 0.0 + predict(Sample((20_000,), 4, 1.0), online.cluster, online.model))]
-    steady = online.update(batch)
-    assert steady.model is online.model and steady.error < 1e-3
-    slower = [Sample(batch[0].lengths, 4, 1.3 * batch[0].time)]
-    changes = 0
-    for _ in range(200):
-        after = online.update(slower)
-        changes += after.model is not online.model
-        online = after
-    assert 1 <= changes <= 40
-    assert prediction_error(slower, online.cluster, online.model) < 0.035
-    assert set(online.state()) == {"average", "error"}
+def test_learnt_costs_follow_the_truth():
+    """Samples of one step at a time, whose terms are off by different factors, within few steps."""
+    learner = Learner(published(), cluster_of())
+    held_out = samples(1, 40, 0.0)
+    errors = [prediction_error(held_out, learner.cluster, learner.model)]
+    for step in range(8):
+        learner = learner.update(samples(10 + step, 6, 0.01))
+        errors.append(prediction_error(held_out, learner.cluster, learner.model))
+    assert errors[-1] < 0.02 < 0.1 < errors[0]
+    assert len(learner.rows) == 48 and len(learner.update(samples(9, 60, 0.0)).rows) == KEPT
+
+
+def test_learnt_costs_go_through_json_bit_for_bit():
+    learner = Learner(published(), cluster_of()).update(samples(0, 7, 0.05))
+    again = Learner(published(), cluster_of()).restored(json.loads(json.dumps(learner.state())))
+    assert again == learner and again.model == learner.model != published()
+    assert again.update(samples(1, 5, 0.05)) == learner.update(samples(1, 5, 0.05))
+    with pytest.raises(UserError, match="another version"):
+        learner.restored({"scale": [1.0], "rows": []})
+
+
+def test_a_term_that_no_sample_shows_follows_the_others():
+    alone = [Sample((length,), 1, 3.0 * predict(Sample((length,), 1, 1.0), cluster_of(), published())) for length in (900, 6000)]
+    learner = Learner(published(), cluster_of()).update(alone)
+    assert learner.scale == pytest.approx((3.0,) * 5, rel=1e-3)
 
 
 def test_speeds_follow_stragglers():
