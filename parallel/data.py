@@ -93,6 +93,11 @@ class DataParallel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
 
+    @property
+    def lockstep(self) -> bool:
+        """Every forward and backward communicates, so all processes run equally many, those without tokens too."""
+        return self._sharded
+
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch: only the last one of a step sends gradients."""

@@ -87,12 +87,16 @@ class SequenceParallel:
         return self.layout(tokens).parts[self.comm.rank]
 
     def shard(
-        self, documents: Documents, device: torch.device | str = "cpu", keep_state: bool = False
+        self,
+        documents: Documents,
+        device: torch.device | str = "cpu",
+        keep_state: bool = False,
+        layout: SequenceLayout | None = None,
     ) -> SequenceShard:
-        """This rank's part of a stream."""
+        """This rank's part of a stream, spread as `layout` says, or by the engine's own."""
         if self.comm.size == 1:
             return WholeSequence(documents, device, keep_state)
-        layout = self.layout(documents)
+        layout = layout or self.layout(documents)
         return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state)
 
 

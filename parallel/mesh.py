@@ -93,6 +93,7 @@ class ParallelMesh:
         """Reads different streams."""
         self.gradient_group: dist.ProcessGroup | None = None
         """The group of `gradient_mesh`."""
+        self._blocks: dict[tuple[int, int], dist.ProcessGroup | None] = {}
         if degrees.world_size > 1:
             self._make_groups(device_type)
 
@@ -132,6 +133,23 @@ class ParallelMesh:
                 own = group if self.rank in ranks else own
             levels.append(own)
         return levels[0], levels[1]
+
+    def block(self, first: int, degree: int) -> dist.ProcessGroup | None:
+        """The group of places `first .. first + degree` on the data axis, made once: for micro-batches planned one by one.
+
+        Every process of the job calls this, in the same order. None for a block of one place, and outside of the block.
+        """
+        assert first % degree == 0 and first + degree <= self.degrees.data, f"no aligned block {first} + {degree}"
+        if (first, degree) not in self._blocks:
+            own = None
+            if degree == self.degrees.data:
+                own = self.data_group
+            elif degree > 1:
+                for row in self.members("data"):
+                    group = dist.new_group(row[first : first + degree])
+                    own = group if self.rank in row[first : first + degree] else own
+            self._blocks[first, degree] = own
+        return self._blocks[first, degree]
 
     @property
     def data_rank(self) -> int:

@@ -1,0 +1,1 @@
+"""Training steps that are planned one by one: `parallel.planner.enabled`."""
