@@ -11,6 +11,8 @@ from longhaul.models.errors import UserError
 from longhaul.parallel.data import BACKENDS
 from longhaul.parallel.mesh import Degrees
 
+from .engines import check_engines
+
 SCHEMA_VERSION = 1
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -73,6 +75,47 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "expert"):
             size = getattr(self, f"{name}_parallel_size")
             if size != 1:
+    exchange_payload: str = "fp32"
+    """In which type summaries of tokens travel: fp32; or bf16, folded in fp32, for half the bytes with exchange all_gather (the
+    others pass a running state on, which each process would round)."""
+
+    exchange_blocks: int | None = None
+    """Blocks in which exchange all_scan cuts a state, at most as many as it has values; from its size if left out."""
+
+    exchange_inside: str | None = None
+    """What exchange hierarchical runs inside a node: all_gather (if left out) or log_scan."""
+
+    exchange_across: str | None = None
+    """What exchange hierarchical runs across nodes: any other exchange; all_scan if left out."""
+
+    auto_latency: float | None = None
+    """Seconds that exchange auto takes a message to need, with auto_bandwidth; both measured at the start if left out."""
+
+    auto_bandwidth: float | None = None
+    """Bytes a second that exchange auto takes a link to carry, with auto_latency."""
+
+    auto_local_time: float | None = None
+    """Seconds of work on a token that exchange auto takes to hide messages; measured if left out. With it and the two
+    before, two runs choose alike."""
+
+    reach_tolerance: float | None = None
+    """Off if left out. Where constant decays leave at most this share of a state after a part of the stream, the part does not
+    pass it on; the proven bound on the error is reported (docs/engines.md). Not with exchange all_gather."""
+
+    attention_head_slices: int | None = None
+    """Slices of heads that attention all_gather gathers one after the other: memory for gathered keys and values shrinks by
+    it, messages grow by it; one if left out."""
+
+    attention_backward: str = "auto"
+    """What attention ring moves in its backward: kv, q, or auto for whichever is fewer bytes."""
+
+    layout_stripe: int | None = None
+    """Tokens of a stripe of layout striped; a sixteenth of a process's share if left out."""
+
+    layout_shares: tuple[float, ...] | None = None
+    """Shares of layout contiguous, one a process of a sequence, in any unit: [2,1] gives the first process twice the tokens
+    of the second; equal if left out."""
+
                 raise UserError(
                     f"parallel.{name}_parallel_size is {size}, but {name} parallelism is not there yet: leave it at 1 "
                     "and use parallel.sequence_parallel_size or parallel.data_parallel_size."
@@ -83,6 +126,10 @@ class ParallelConfig:
             raise UserError(
                 f"parallel.parameter_dtype {self.parameter_dtype} needs parallel.data_parallel_backend fsdp, not "
                 f"{self.data_parallel_backend}; for bf16 products under ddp set train.precision to bf16."
+        _one_of("parallel.exchange_payload", self.exchange_payload, PRECISIONS)
+        if self.auto_local_time is not None:
+            _at_least("parallel.auto_local_time", self.auto_local_time, 0)
+        check_engines(self)
             )
 
     def degrees(self, world_size: int) -> Degrees:

@@ -26,6 +26,7 @@ from .batches import stream_indices
 from .config import TrainConfig
 from .data import Data, load_data
 from .facts import baselines, describe_run
+from .engines import engine_arguments
 from .finish import write_results
 from .load import RESOLVED
 from .metrics import Metrics, traffic_of
@@ -71,9 +72,7 @@ class Trainer:
         self.ledger = Ledger()
         self.engine = SequenceParallel(
             Comm(self.mesh.sequence_group, self.ledger),
-            config.parallel.exchange,
-            config.parallel.attention,
-            config.parallel.layout,
+            **engine_arguments(config.parallel),
             levels=self._levels(),
         )
         if config.model.vocab_size < self.data.tokenizer.vocab_size:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class SequenceLayout:
         Args:
             tokens: the documents of the stream, or its length where documents do not matter.
             ranks: how many hold it.
-            options: of the layout's own: `lengths` of contiguous, `block` of striped.
+            options: of the layout's own: `lengths` or `shares` of contiguous, `block` of striped.
         """
         kind = layout_kind(name)
         known = list(inspect.signature(kind.cut).parameters)[2:]
@@ -135,15 +136,28 @@ def even_cut(start: int, stop: int, pieces: int) -> list[Range]:
     return list(zip(edges, edges[1:]))
 
 
-def _contiguous(documents: Documents, ranks: int, lengths: Sequence[int] | None = None) -> Parts:
-    """One run of tokens per rank."""
+def _contiguous(
+    documents: Documents, ranks: int, lengths: Sequence[int] | None = None, shares: Sequence[float] | None = None
+) -> Parts:
+    """One run of tokens per rank: even, of these `lengths`, or in proportion to `shares`."""
     total = documents.num_tokens
     if lengths is None:
-        return [[run] for run in even_cut(0, total, ranks)]
+        return [[run] for run in (even_cut(0, total, ranks) if shares is None else _shared_cut(total, ranks, shares))]
     if len(lengths) != ranks or sum(lengths) != total:
         raise UserError(f"Lengths {tuple(lengths)} do not spread {total} tokens over {ranks} ranks.")
     starts = [sum(lengths[:rank]) for rank in range(ranks)]
     return [[(start, start + length)] for start, length in zip(starts, lengths)]
+
+
+def _shared_cut(total: int, ranks: int, shares: Sequence[float]) -> list[Range]:
+    """Edges at the nearest token to each cumulated share; a share of zero is an empty rank."""
+    whole = sum(shares)
+    if len(shares) != ranks or not 0 < whole < math.inf or min(shares) < 0:
+        raise UserError(
+            f"parallel.layout_shares is {list(shares)}: give {ranks} numbers that are not negative, and not all zero."
+        )
+    edges = [round(total * sum(shares[:rank]) / whole) for rank in range(ranks)] + [total]
+    return list(zip(edges, edges[1:]))
 
 
 def _zigzag(documents: Documents, ranks: int) -> Parts:
@@ -157,7 +171,7 @@ def _striped(documents: Documents, ranks: int, block: int | None = None) -> Part
     if block is None:
         block = max(1, -(-total // (ranks * STRIPES)))
     if block < 1:
-        raise UserError(f"A stripe holds at least one token, but parallel.layout block is {block}.")
+        raise UserError(f"A stripe holds at least one token, but parallel.layout_stripe is {block}.")
     rounds = -(-total // (ranks * block))
     return [
         [

@@ -94,3 +94,12 @@ def test_documents_of_another_length_are_refused() -> None:
     for call in (lambda: layout.chain(Documents((0, 4))), lambda: layout.segments(0, Documents((0, 6)))):
         with pytest.raises(UserError, match="is for 5 tokens, but the documents hold"):
             call()
+
+
+def test_shares() -> None:
+    assert SequenceLayout.make("contiguous", 12, 3, shares=(1, 2, 1)).parts == (((0, 3),), ((3, 9),), ((9, 12),))
+    assert SequenceLayout.make("contiguous", 7, 3, shares=(0, 0.5, 0.5)).parts == (((0, 0),), ((0, 4),), ((4, 7),))
+    assert SequenceLayout.make("contiguous", 1, 2, shares=(3, 1)).parts == (((0, 1),), ((1, 1),))
+    for shares in ((1, 1), (1, -1, 1), (0, 0, 0), (1, float("inf"), 1)):
+        with pytest.raises(UserError, match="give 3 numbers that are not negative"):
+            SequenceLayout.make("contiguous", 7, 3, shares=shares)
