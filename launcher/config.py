@@ -57,6 +57,10 @@ class ParallelConfig:
     data_parallel_backend: str = "fsdp"
     """`fsdp` shards parameters, gradients and optimizer over all processes; `ddp` keeps them whole on each."""
 
+    data_parallel_replicate_size: int = 1
+    """Copies that fsdp keeps of the sharded parameters (HSDP): with 4 on 32 processes each parameter is spread over 8
+    neighbours, inside a machine, and only gradients travel between copies."""
+
     parameter_dtype: str = "fp32"
     """In which type fsdp gathers parameters: fp32 or bf16. Gradients are summed in fp32 in any case."""
 
@@ -122,6 +126,11 @@ class ParallelConfig:
                 )
         _one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
         _one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
+        if self.data_parallel_replicate_size != 1 and self.data_parallel_backend != "fsdp":
+            raise UserError(
+                f"parallel.data_parallel_replicate_size {self.data_parallel_replicate_size} needs "
+                f"parallel.data_parallel_backend fsdp, not {self.data_parallel_backend}: leave it out."
+            )
         if self.parameter_dtype != "fp32" and self.data_parallel_backend != "fsdp":
             raise UserError(
                 f"parallel.parameter_dtype {self.parameter_dtype} needs parallel.data_parallel_backend fsdp, not "
@@ -140,6 +149,7 @@ class ParallelConfig:
             pipeline=self.pipeline_parallel_size,
             sequence=self.sequence_parallel_size,
             tensor=self.tensor_parallel_size,
+            replicate=self.data_parallel_replicate_size,
         )
 
 

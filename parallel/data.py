@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class DataParallel:
     Args:
         model: the model, whole and alike on every process; fsdp shards it in place.
         mesh: the processes.
-        backend: `fsdp` or `ddp`; with one process the model stays as it is.
+        backend: `fsdp` or `ddp`; with one process the model stays as it is. With `mesh.degrees.replicate` copies fsdp
+            shards inside each copy only, and sums shards of gradients between copies (HSDP).
         blocks: modules that fsdp gathers one at a time; what is left is gathered with the root.
         parameter_dtype: in which fsdp gathers parameters; their own type if None. Gradients are summed in float32 then.
         ledger: where traffic is counted.
@@ -62,6 +64,7 @@ class DataParallel:
         self._forward: Any = model
         self._sharded = False
         self._gradient_comm = Comm(mesh.gradient_group, ledger)
+        self._shard_comm = Comm(mesh.shard_group, ledger)
         self._data_comm = Comm(mesh.data_group, ledger)
         if mesh.gradient_mesh is None:
             return
@@ -80,7 +83,7 @@ class DataParallel:
             cast_forward_inputs=False,  # token ids, positions and losses keep their types
         )
         for module in (*blocks, model):
-            fully_shard(module, mesh=mesh.gradient_mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh.shard_mesh, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # A factor of 1 alone would scale inside the reduction (PREMUL_SUM), which gloo does not know.
@@ -89,6 +92,8 @@ class DataParallel:
                 if any(True for _ in module.parameters()):
                     module.set_custom_all_gather(_CountedAllGather(ledger))  # type: ignore[arg-type]
                     module.set_custom_reduce_scatter(_CountedReduceScatter(ledger))  # type: ignore[arg-type]
+                    if mesh.replicate_group is not None:
+                        module.set_all_reduce_hook(partial(_count_all_reduce, Comm(mesh.replicate_group, ledger)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
@@ -123,7 +128,7 @@ class DataParallel:
         for gradient in gradients:
             square += torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
         if self._sharded:
-            square = self._gradient_comm.all_reduce(square, "gradient norm").wait()
+            square = self._shard_comm.all_reduce(square, "gradient norm").wait()  # copies of a shard are alike
         return square.sqrt()
 
     def clip_gradients(self, maximum: float) -> Tensor:
@@ -143,10 +148,14 @@ class DataParallel:
 def _sum_bucket(comm: Comm, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's reduction, without its division."""
     buffer = bucket.buffer()
-    size = 2 * (comm.size - 1) * buffer.numel() * buffer.element_size() // comm.size
-    comm.ledger.add("gradients", "all_reduce", 2 * (comm.size - 1), size)
+    _count_all_reduce(comm, buffer)
     future = dist.all_reduce(buffer, group=comm.group, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
+
+
+def _count_all_reduce(comm: Comm, buffer: Tensor) -> None:
+    size = 2 * (comm.size - 1) * buffer.numel() * buffer.element_size() // comm.size
+    comm.ledger.add("gradients", "all_reduce", 2 * (comm.size - 1), size)
 
 
 class _Buffers:

@@ -24,6 +24,8 @@ class Degrees:
     pipeline: int = 1
     sequence: int = 1
     tensor: int = 1
+    replicate: int = 1
+    """Copies of the sharded parameters, which divide data x sequence; no axis of its own."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -35,12 +37,19 @@ class Degrees:
 
     @classmethod
     def resolve(
-        cls, world_size: int, *, data: int | None = None, pipeline: int = 1, sequence: int = 1, tensor: int = 1
+        cls,
+        world_size: int,
+        *,
+        data: int | None = None,
+        pipeline: int = 1,
+        sequence: int = 1,
+        tensor: int = 1,
+        replicate: int = 1,
     ) -> Degrees:
         """Check that degrees make `world_size` processes; `data` is what the others leave over if None.
 
         Raises:
-            UserError: a degree is below 1, or the product is not the world size.
+            UserError: a degree is below 1, the product is not the world size, or copies do not fit.
         """
         given = {"data": data, "pipeline": pipeline, "sequence": sequence, "tensor": tensor}
         for name, size in given.items():
@@ -61,7 +70,15 @@ class Degrees:
                 f"start {data * others} processes (torchrun --nproc-per-node) or change the degrees; "
                 "data_parallel_size may be left out."
             )
-        return cls(data, pipeline, sequence, tensor)
+        sharing = data * sequence
+        if replicate < 1 or sharing % replicate or replicate == sharing > 1:
+            fitting = ", ".join(str(n) for n in range(1, sharing) if sharing % n == 0) or "1"
+            raise UserError(
+                f"parallel.data_parallel_replicate_size is {replicate}, but data {data} x sequence {sequence} = {sharing} "
+                f"processes hold the parameters: give one of {fitting}; for whole copies on every process use "
+                "parallel.data_parallel_backend ddp."
+            )
+        return cls(data, pipeline, sequence, tensor, replicate)
 
 
 class ParallelMesh:
@@ -86,7 +103,9 @@ class ParallelMesh:
         self.coordinates: dict[str, int] = dict(zip(AXES, (self.grid == rank).nonzero()[0].tolist(), strict=True))
         self.device_mesh: DeviceMesh | None = None
         self.gradient_mesh: DeviceMesh | None = None
-        """One axis, data x sequence: parameters are alike on it, gradients are summed over it, fsdp shards along it."""
+        """One axis, data x sequence: parameters are alike on it, and gradients are summed over it."""
+        self.shard_mesh: DeviceMesh | None = None
+        """`gradient_mesh`, or the same processes as copies x shards: fsdp shards along the last axis, copies along the first."""
         self.sequence_group: dist.ProcessGroup | None = None
         """Shares the tokens of a stream."""
         self.data_group: dist.ProcessGroup | None = None
@@ -109,6 +128,11 @@ class ParallelMesh:
             self.gradient_mesh = self.device_mesh["sequence" if self.degrees.sequence > 1 else "data"]
         if self.gradient_mesh is not None:
             self.gradient_group = self.gradient_mesh.get_group()
+            self.shard_mesh, self.shard_group = self.gradient_mesh, self.gradient_group
+            if self.degrees.replicate > 1:
+                sizes = self.degrees.replicate, self.gradient_mesh.size() // self.degrees.replicate
+                self.shard_mesh = self.gradient_mesh._unflatten(0, sizes, ("replicate", "shard"))
+                self.replicate_group, self.shard_group = (self.shard_mesh.get_group(name) for name in ("replicate", "shard"))
 
     def sequence_levels(self, inner: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """Groups of `inner` neighbours inside a sequence group, and of the ranks with one index in theirs.
@@ -173,8 +197,14 @@ class ParallelMesh:
         lines = [f"{self.degrees.world_size} processes = {sizes}"]
         for axis in AXES:
             if getattr(self.degrees, axis) > 1:
-                groups = self.members(axis)
-                shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
-                more = f" and {len(groups) - 8} more" if len(groups) > 8 else ""
-                lines.append(f"{axis} groups: {shown}{more}")
+                lines.append(_listed(f"{axis} groups", self.members(axis)))
+        if self.degrees.replicate > 1:
+            sharing = self.degrees.data * self.degrees.sequence // self.degrees.replicate
+            shards = self.grid.permute(1, 3, 0, 2).reshape(-1, sharing)
+            lines.append(_listed(f"{self.degrees.replicate} copies of the parameters, sharded over", shards.tolist()))
         return "\n".join(lines)
+
+
+def _listed(title: str, groups: list[list[int]]) -> str:
+    shown = " ".join("[" + " ".join(map(str, group)) + "]" for group in groups[:8])
+    return f"{title}: {shown}" + (f" and {len(groups) - 8} more" if len(groups) > 8 else "")
