@@ -6,8 +6,8 @@ before the first forward, so every process scales its own sum by it and gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ class StepResult:
     """Valid tokens of the step."""
     stop_signal: int
     """The signal that asks any process to stop, 0 if none does."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics by key."""
+
+    def saying(self, extra: Mapping[str, float]) -> StepResult:
+        """The same with more metrics."""
+        return replace(self, extra={**self.extra, **extra})
 
 
 class Stepper:
@@ -110,6 +116,11 @@ class Stepper:
                 loss -= output.aux_sum  # what is reported is the language model's loss alone
             if self.carry_state:
                 self.state = tree_map_only(torch.Tensor, torch.Tensor.detach, output.state)
+        return self._finish(loss, scale, weight, rate)
+
+    def _finish(self, loss: torch.Tensor, scale: float, weight: float, rate: float) -> StepResult:
+        """From accumulated gradients to new weights; `loss` is the sum over this process's tokens."""
+        self.model.finish_gradients()
         norm = self.model.clip_gradients(self.clip)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()

@@ -21,7 +21,7 @@ def _feed_forward(config: ModelConfig) -> SwiGLU | MoE:
 
 
 class BlockOutput(NamedTuple):
-    """`x` [T, D], the mixer's `state`, the auxiliary loss `aux` of each document, and the mixer's `pool`, for later layers.
+    """`x` [T', D], the mixer's `state`, the auxiliary loss `aux` of each document, and the mixer's `pool`, for later layers.
 
     `aux` and `pool` are None where a block has none. A pool is what tokens held here may read: it stays here and is no state.
     """
@@ -33,7 +33,10 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`; either may be absent. [T, D] -> [T, D]."""
+    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`; either may be absent. [T', D] -> [T', D].
+
+    T' tokens are this shard's share between layers: all T where one process owns all heads.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,11 +62,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, shard: SequenceShard, state: Any = None, memory: tuple[Tensor, ...] = ()
     ) -> BlockOutput:
-        """[T, D] -> [T, D] and what goes with it; `memory` is the pools of the layers before, in order."""
+        """[T', D] -> [T', D] and what goes with it; `memory` is the pools of the layers before, in order."""
         aux = pool = None
         if self.mixer is not None:
             assert self.mixer_norm is not None
-            normed = self.mixer_norm(x)
+            normed = shard.to_heads(self.mixer_norm(x))  # [T', D] -> [T, D]
             # Optional plug points: a mixer may read earlier layers' pools, and may have a loss of its own.
             recall: Any = getattr(self.mixer, "recall", None)
             auxiliary: Any = getattr(self.mixer, "auxiliary", None)
@@ -73,15 +76,16 @@ class Block(nn.Module):
                 y, state = self.mixer(normed, shard, state)
             if auxiliary is not None:
                 aux = auxiliary(normed, shard)
-            x = x + y
+            x = x + shard.from_heads(y)  # [T, D] -> [T', D]
         if self.ffn is not None:
             assert self.ffn_norm is not None
+            normed = shard.to_heads(self.ffn_norm(x))
             if isinstance(self.ffn, MoE):
-                y, extra = self.ffn(self.ffn_norm(x), shard)
+                y, extra = self.ffn(normed, shard)
                 aux = extra if aux is None else aux if extra is None else aux + extra
             else:
-                y = self.ffn(self.ffn_norm(x))
-            x = x + y
+                y = self.ffn(normed)
+            x = x + shard.from_heads(y)
         return BlockOutput(x, state, aux, pool)
 
     def flops_per_token(self, seq_length: int) -> int:

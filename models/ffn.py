@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import Cut
+
 
 class SwiGLU(nn.Module):
     """`down(silu(gate x) * up x)`, [T, D] -> [T, D]."""
@@ -23,6 +25,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+    def cuts(self) -> dict[str, Cut]:
+        width = self.down.in_features
+        return {"gate_up.weight": Cut(0, ((width, 1), (width, 1))), "down.weight": Cut(1, ((width, 1),))}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        """Nothing to note: widths are the weights'."""
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token."""

@@ -5,6 +5,7 @@ Legend: T tokens held here, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -124,13 +125,21 @@ class LanguageModel(nn.Module):
         loss_sum, weight_sum = self.head(hidden, labels, weights)
         if not auxiliary or not self.training:
             return LossOutput(loss_sum, weight_sum, final)
-        per_token = torch.stack(auxiliary).sum(0)[shard.document_ids]  # [layers, documents] -> [T]
-        aux_sum = (per_token * weights).sum()
+        per_token = torch.stack(auxiliary).sum(0)[shard.share(shard.document_ids)]  # [layers, documents] -> [T']
+        aux_sum = (per_token * shard.share(weights)).sum()
         return LossOutput(loss_sum + aux_sum, weight_sum, final, aux_sum.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, vocabulary]."""
         return self.head.logits(hidden)
+
+    def sublayers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Mixers and feed-forward layers by name: what adds to the stream of tokens, a sum over heads."""
+        for index, layer in enumerate(self.layers):
+            for name in ("mixer", "ffn"):
+                module = getattr(layer, name)
+                if module is not None:
+                    yield f"layers.{index}.{name}", module
 
     def needs(self) -> tuple[bool, list[Mask]]:
         """What a sequence-parallel engine must serve: whether states go along the sequence, and attention masks."""

@@ -127,6 +127,25 @@ class SequenceShard:
         """The sum of `x` [T, ...] over all tokens of the stream, [...], or of each document, [num_documents, ...]."""
         raise NotImplementedError
 
+    # Heads. Between layers this shard answers for its *share* of the tokens; inside a layer for all T tokens and its own heads.
+    # Who owns all heads answers for all tokens.
+
+    def share(self, x: Tensor) -> Tensor:
+        """The rows this shard answers for between layers, of a tensor alike on all owners of heads: [T, ...] -> [T', ...]."""
+        return x
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """All tokens, for the heads owned here: [T', ...] -> [T, ...]."""
+        return x
+
+    def from_heads(self, x: Tensor) -> Tensor:
+        """The sum over all owners of heads, back to the tokens answered for: [T, ...] -> [T', ...]."""
+        return x
+
+    def head_sum(self, x: Tensor) -> Tensor:
+        """The sum over all owners of heads, on each of them: [...] -> [...]."""
+        return x
+
     def document_sum(self, x: Tensor) -> Tensor:
         """The whole document's sum, for bidirectional layers: one total instead of a prefix.
 

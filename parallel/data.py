@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .comm import Comm, Ledger
 from .mesh import ParallelMesh
+from .tensor import TensorParallel
 
 BACKENDS = ("fsdp", "ddp")
 
@@ -46,6 +47,7 @@ class DataParallel:
         blocks: modules that fsdp gathers one at a time; what is left is gathered with the root.
         parameter_dtype: in which fsdp gathers parameters; their own type if None. Gradients are summed in float32 then.
         ledger: where traffic is counted.
+        tensor: what of the model this rank holds, if ranks divide heads.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class DataParallel:
         blocks: Sequence[nn.Module] = (),
         parameter_dtype: torch.dtype | None = None,
         ledger: Ledger | None = None,
+        tensor: TensorParallel | None = None,
     ) -> None:
         assert backend in BACKENDS, backend
         ledger = ledger if ledger is not None else Ledger()
         self.model = model
         """The model itself: its names are those of checkpoints."""
         self._forward: Any = model
+        self.tensor = tensor or TensorParallel(model, Comm(None, ledger))
         self._sharded = False
         self._gradient_comm = Comm(mesh.gradient_group, ledger)
         self._shard_comm = Comm(mesh.shard_group, ledger)
@@ -120,13 +124,17 @@ class DataParallel:
         total = self._data_comm.all_reduce(torch.tensor(value, dtype=torch.float64, device=device), "step weight").wait()
         return float(total)
 
+    def finish_gradients(self) -> None:
+        """What is left to sum after the backward of a step's last micro-batch; before gradients are read."""
+        self.tensor.sum_shared_gradients()
+
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, float64 []: over shards of all processes, each element once."""
-        gradients = [gradient for gradient in self._local_gradients() if gradient.numel()]
-        device = next(self.model.parameters()).device
-        square = torch.zeros((), dtype=torch.float64, device=device)
-        for gradient in gradients:
-            square += torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)) ** 2
+        square = torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                square += self.tensor.square_norm(parameter.grad, name)
+        square = self.tensor.comm.all_reduce(square, "gradient norm").wait()
         if self._sharded:
             square = self._shard_comm.all_reduce(square, "gradient norm").wait()  # copies of a shard are alike
         return square.sqrt()

@@ -16,7 +16,7 @@ from .attention.registry import ENGINES, make_attention
 from .comm import Comm, Ledger
 from .exchange.registry import EXCHANGES, make_exchange
 from .layout import SequenceLayout, check_recurrent, layout_kind
-from .shard import RankShard
+from .shard import RankShard, WholeShard
 
 TWO_LEVELS = {"hierarchical", "usp"}  # engines that cannot do without groups inside and across nodes
 
@@ -29,6 +29,7 @@ class SequenceParallel:
         exchange: how recurrent states travel, by name (`longhaul.parallel.exchange.registry`).
         attention: how softmax attention reaches other ranks, by name (`longhaul.parallel.attention.registry`).
         layout: how tokens are spread, by name (`longhaul.parallel.layout`).
+        tensor: the ranks that hold the same tokens as this one, with other heads.
         levels: the ranks of this node, and the ranks with this one's index in their nodes; for two-level engines.
         exchange_options, attention_options, layout_options: of their own (slices, stripes).
     """
@@ -40,12 +41,14 @@ class SequenceParallel:
         attention: str = "all_gather",
         layout: str = "contiguous",
         *,
+        tensor: Comm | None = None,
         levels: tuple[Comm, Comm] | None = None,
         exchange_options: Mapping[str, Any] | None = None,
         attention_options: Mapping[str, Any] | None = None,
         layout_options: Mapping[str, Any] | None = None,
     ) -> None:
         layout_kind(layout)
+        self.tensor = tensor or Comm(None, comm.ledger)
         self.comm, self.layout_name, self.layout_options = comm, layout, dict(layout_options or {})
         inside = dict(zip(("intra", "inter"), levels or ()))
         options = {**_accepted(EXCHANGES.get(exchange), inside), **(exchange_options or {})}
@@ -71,6 +74,14 @@ class SequenceParallel:
         for mask in masks:
             self.attention.check(mask)
 
+    def prepare(self, device: torch.device) -> None:
+        """Let the exchange measure what it chooses by, before the first step; on all ranks at once."""
+        self.exchange.prepare(device)
+
+    def describe(self) -> list[str]:
+        """What the exchange measured, chose and gave up so far, line by line."""
+        return self.exchange.describe().splitlines() if self.comm.size > 1 else []
+
     @property
     def ledger(self) -> Ledger:
         """What this rank received, by label."""
@@ -94,10 +105,12 @@ class SequenceParallel:
         layout: SequenceLayout | None = None,
     ) -> SequenceShard:
         """This rank's part of a stream, spread as `layout` says, or by the engine's own."""
-        if self.comm.size == 1:
+        if self.comm.size == 1 and self.tensor.size == 1:
             return WholeSequence(documents, device, keep_state)
+        if self.comm.size == 1:
+            return WholeShard(documents, self.tensor, device, keep_state)
         layout = layout or self.layout(documents)
-        return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state)
+        return RankShard(layout, documents, self.comm, self.exchange, self.attention, device, keep_state, self.tensor)
 
 
 def _accepted(factory: Callable[..., Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,3 +114,57 @@ def gathered_fold(
 def all_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
     """The sum of `x` over ranks, for use in every rank's own loss."""
     return _Sum.apply(x, comm, label)
+
+
+def rows_of(num_rows: int, comm: Comm) -> tuple[int, int]:
+    """The rows of this rank if `num_rows` are divided in consecutive runs; the last ranks may have fewer, or none."""
+    each = -(-num_rows // comm.size)
+    return min(comm.rank * each, num_rows), min((comm.rank + 1) * each, num_rows)
+
+
+def _gather(x: Tensor, num_rows: int, comm: Comm, label: str) -> Tensor:
+    each = -(-num_rows // comm.size)
+    padded = x if x.shape[0] == each else torch.cat([x, x.new_zeros(each - x.shape[0], *x.shape[1:])])
+    return comm.all_gather(padded, label).wait().flatten(0, 1)[:num_rows]
+
+
+def _scatter(x: Tensor, comm: Comm, label: str) -> Tensor:
+    num_rows = x.shape[0]
+    each = -(-num_rows // comm.size)
+    padded = torch.cat([x, x.new_zeros(comm.size * each - num_rows, *x.shape[1:])])
+    start, stop = rows_of(num_rows, comm)
+    return comm.reduce_scatter(padded.unflatten(0, (comm.size, each)), label).wait()[: stop - start]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_rows: int, comm: Comm, label: str) -> Tensor:
+        ctx.comm, ctx.label = comm, label
+        return recompute.keep(lambda: _gather(x, num_rows, comm, f"{label} forward"))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _scatter(grad, ctx.comm, f"{ctx.label} backward"), None, None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm, label: str) -> Tensor:
+        ctx.comm, ctx.label, ctx.num_rows = comm, label, x.shape[0]
+        return recompute.keep(lambda: _scatter(x, comm, f"{label} forward"))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.num_rows, ctx.comm, f"{ctx.label} backward"), None, None
+
+
+def gather_rows(x: Tensor, num_rows: int, comm: Comm, label: str) -> Tensor:
+    """All `num_rows` rows of a tensor whose `rows_of` each rank holds: [n, ...] -> [num_rows, ...]."""
+    return x if comm.size == 1 else _GatherRows.apply(x, num_rows, comm, label)
+
+
+def scatter_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
+    """This rank's rows of the sum over ranks: [num_rows, ...] -> [n, ...]."""
+    return x if comm.size == 1 else _ScatterRows.apply(x, comm, label)

@@ -110,9 +110,15 @@ class ParallelMesh:
         """Shares the tokens of a stream."""
         self.data_group: dist.ProcessGroup | None = None
         """Reads different streams."""
+        self.tensor_group: dist.ProcessGroup | None = None
+        """Holds the same tokens, with other heads."""
         self.gradient_group: dist.ProcessGroup | None = None
         """The group of `gradient_mesh`."""
         self._blocks: dict[tuple[int, int], dist.ProcessGroup | None] = {}
+        self.shard_group: dist.ProcessGroup | None = None
+        """Holds one copy of the parameters between its members; without copies, the gradient group."""
+        self.replicate_group: dist.ProcessGroup | None = None
+        """Holds the same shard of every copy."""
         if degrees.world_size > 1:
             self._make_groups(device_type)
 
@@ -122,6 +128,8 @@ class ParallelMesh:
             self.sequence_group = self.device_mesh.get_group("sequence")
         if self.degrees.data > 1:
             self.data_group = self.device_mesh.get_group("data")
+        if self.degrees.tensor > 1:
+            self.tensor_group = self.device_mesh.get_group("tensor")
         if self.degrees.sequence > 1 and self.degrees.data > 1:
             self.gradient_mesh = self.device_mesh["data", "sequence"]._flatten("gradient")
         elif self.degrees.sequence > 1 or self.degrees.data > 1:

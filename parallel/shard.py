@@ -16,11 +16,11 @@ from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.chain import Link
 from longhaul.models.ops.recurrence import Pending, Recurrence, scan
 from longhaul.models.ops.segments import Documents
-from longhaul.models.sequence import Element, KVState, Monoid, SequenceShard, token_sums
+from longhaul.models.sequence import Element, KVState, Monoid, SequenceShard, WholeSequence, token_sums
 
 from .comm import Comm
 from .exchange.base import Exchange
-from .functional import all_sum, gathered_fold
+from .functional import all_sum, gather_rows, gathered_fold, rows_of, scatter_sum
 from .layout import SequenceLayout
 
 
@@ -32,7 +32,36 @@ class AttentionEngine(Protocol):
     ) -> tuple[Tensor, KVState | None]: ...
 
 
-class RankShard(SequenceShard):
+class OwnedHeads(SequenceShard):
+    """The part of the door between owners of heads: the ranks of a tensor group, which hold the same tokens in a layer."""
+
+    tensor: Comm
+
+    def share(self, x: Tensor) -> Tensor:
+        start, stop = rows_of(x.shape[0], self.tensor)
+        return x[start:stop]
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        return gather_rows(x, self.num_tokens, self.tensor, "to heads")
+
+    def from_heads(self, x: Tensor) -> Tensor:
+        return scatter_sum(x, self.tensor, "from heads")
+
+    def head_sum(self, x: Tensor) -> Tensor:
+        return x if self.tensor.size == 1 else all_sum(x, self.tensor, "head sum")
+
+
+class WholeShard(OwnedHeads, WholeSequence):
+    """The whole stream on each rank of a tensor group."""
+
+    def __init__(
+        self, documents: Documents, tensor: Comm, device: torch.device | str = "cpu", keep_state: bool = False
+    ) -> None:
+        super().__init__(documents, device, keep_state)
+        self.tensor = tensor
+
+
+class RankShard(OwnedHeads):
     """One rank's part of a stream.
 
     Args:
@@ -42,6 +71,7 @@ class RankShard(SequenceShard):
         exchange: how recurrent states travel.
         attention: how softmax attention reaches the other ranks.
         keep_state: the stream goes on after this one.
+        tensor: the ranks that hold the same tokens, with other heads.
     """
 
     def __init__(
@@ -53,8 +83,10 @@ class RankShard(SequenceShard):
         attention: AttentionEngine,
         device: torch.device | str = "cpu",
         keep_state: bool = False,
+        tensor: Comm | None = None,
     ) -> None:
         super().__init__(layout.segments(comm.rank, documents), device, keep_state)
+        self.tensor = tensor or Comm(None)
         self.layout, self.comm = layout, comm
         self.exchange, self.attention = exchange, attention
         self.chain = layout.chain(documents)

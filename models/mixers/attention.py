@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.attention import Mask
 from ..ops.rope import rope_in_documents
 from ..sequence import KVState, SequenceShard
@@ -81,6 +82,14 @@ class SoftmaxAttention(nn.Module):
         q, k = (rope_in_documents(tensor, shard.segments, self.config.rope_base) for tensor in (q, k))
         o, state = shard.attend(q, k, v, self.mask, state)
         return self.out(o.flatten(1)), state  # [T, H, K] -> [T, D]
+
+    def cuts(self) -> dict[str, Cut]:
+        query, key = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+        return {"qkv.weight": Cut(0, (query, key, key)), "out.weight": Cut(1, (query,))}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        self.num_kv_heads, _ = share(self.num_kv_heads, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token; a causal query sees half the sequence on average."""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.convolution import causal_conv
@@ -143,6 +144,21 @@ class DeltaRuleLayer(nn.Module):
         o, S = shard.scan(DeltaRule(self.chunk), inputs, None if state is None else state.S)
         return self.out(self.gated(o, x).flatten(1)), DeltaState(conv_state, S)
 
+    def cuts(self) -> dict[str, Cut]:
+        key, value = (self.num_key_heads, self.width_k), (self.num_heads, self.width_v)
+        return {
+            "qkv.weight": Cut(0, (key, key, value)),
+            "conv_weight": Cut(0, (key, key, value)),
+            "beta.weight": Cut(0, ((self.num_heads, 1),)),
+            "out.weight": Cut(1, (value,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_key_heads, _ = share(self.num_key_heads, part, parts)
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        key = self.num_key_heads * self.width_k
+        self.widths = (key, key, self.num_heads * self.width_v)
+
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, read, correct, read-out)."""
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
@@ -163,3 +179,7 @@ class DeltaNet(DeltaRuleLayer):
     def gated(self, o: Tensor, x: Tensor) -> Tensor:
         o = self.norm(o)
         return o if self.gate is None else o * F.silu(self.gate(x)).view_as(o)
+
+    def cuts(self) -> dict[str, Cut]:
+        gate = {} if self.gate is None else {"gate.weight": Cut(0, ((self.num_heads, self.width_v),))}
+        return {**super().cuts(), **gate}

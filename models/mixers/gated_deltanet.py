@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads import Cut
 from .deltanet import DeltaRuleConfig, DeltaRuleLayer
 
 if TYPE_CHECKING:
@@ -80,3 +81,8 @@ class GatedDeltaNet(DeltaRuleLayer):
 
     def gated(self, o: Tensor, x: Tensor) -> Tensor:
         return self.norm(o) * F.silu(self.gate(x)).view_as(o)
+
+    def cuts(self) -> dict[str, Cut]:
+        each = Cut(0, ((self.num_heads, 1),))
+        own = {"decay.weight": each, "gate.weight": Cut(0, ((self.num_heads, self.width_v),)), "A_log": each, "dt_bias": each}
+        return {**super().cuts(), **own}

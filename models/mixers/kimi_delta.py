@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads import Cut
 from .deltanet import DeltaRuleConfig, DeltaRuleLayer
 from .gated_deltanet import init_steps_
 
@@ -74,3 +75,8 @@ class KimiDelta(DeltaRuleLayer):
 
     def gated(self, o: Tensor, x: Tensor) -> Tensor:
         return self.norm(o) * self.gate_up(self.gate_down(x)).sigmoid().view_as(o)
+
+    def cuts(self) -> dict[str, Cut]:
+        key, value = Cut(0, ((self.num_heads, self.width_k),)), Cut(0, ((self.num_heads, self.width_v),))
+        own = {"decay_up.weight": key, "gate_up.weight": value, "A_log": Cut(0, ((self.num_heads, 1),)), "dt_bias": key}
+        return {**super().cuts(), **own}

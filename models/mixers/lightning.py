@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..heads import Cut
 from .linear_attention import LinearAttention, LinearAttentionConfig
 
 if TYPE_CHECKING:
@@ -93,3 +94,6 @@ class Lightning(LinearAttention):
 
     def log_decay(self) -> Tensor:
         return self.decay
+
+    def cuts(self) -> dict[str, Cut]:
+        return {**super().cuts(), "decay": Cut(0, ((self.num_heads, 1),))}

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..norm import RMSNorm
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
@@ -111,6 +112,17 @@ class LinearAttention(nn.Module):
             o = o[..., :-1] / o[..., -1:].clamp_min(torch.finfo(o.dtype).eps)
         o = self.norm(o) * F.silu(self.gate(x)).unflatten(-1, (self.num_heads, self.head_dim))
         return self.out(o.flatten(1)), LinearState(S)  # [T, H, V] -> [T, D]
+
+    def cuts(self) -> dict[str, Cut]:
+        heads = (self.num_heads, self.head_dim)
+        return {
+            "qkv.weight": Cut(0, (heads, heads, heads)),
+            "gate.weight": Cut(0, (heads,)),
+            "out.weight": Cut(1, (heads,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads import Cut, share
 from ..ops.convolution import causal_conv
 from ..ops.selective_scan import SelectiveScan
 from ..sequence import SequenceShard
@@ -113,12 +114,25 @@ class Mamba1(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # [T, D] -> [T, E] each
         context, conv_state = shard.halo(x, config.conv_width - 1, None if state is None else state.conv)
         x = causal_conv(x, context, self.conv_weight, self.conv_bias, shard.segments, activation="silu")
-        dt, B, C = self.x_proj(x).split([self.dt_rank, config.state_size, config.state_size], dim=-1)
+        dt, B, C = shard.head_sum(self.x_proj(x)).split([self.dt_rank, config.state_size, config.state_size], dim=-1)
         dt = F.softplus(self.dt_proj(dt).to(self.dt_bias.dtype) + self.dt_bias)  # [T, dt_rank] -> [T, E]
         op = SelectiveScan(chunk=config.chunk)
         y, S = shard.scan(op, (x, dt, -self.A_log.exp(), B, C), None if state is None else state.S)
         y = torch.addcmul(y, x, self.D.to(x.dtype)) * F.silu(z)
         return self.out_proj(y), Mamba1State(conv_state, S)
+
+    def cuts(self) -> dict[str, Cut]:
+        channels = (self.inner, 1)
+        names = ("conv_weight", "conv_bias", "dt_proj.weight", "dt_bias", "A_log", "D")
+        return {
+            "in_proj.weight": Cut(0, (channels, channels)),
+            **{name: Cut(0, (channels,)) for name in names},
+            "x_proj.weight": Cut(1, (channels,)),
+            "out_proj.weight": Cut(1, (channels,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.inner, _ = share(self.inner, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay 2, outer product and add 3, read-out 2)."""

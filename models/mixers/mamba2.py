@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
+from ..ops.affine import accumulate_dtype
 from ..ops.convolution import causal_conv
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
@@ -84,6 +86,8 @@ class Mamba2(nn.Module):
                 f"try {math.gcd(self.inner, 64)}."
             )
         self.num_heads = self.inner // config.head_dim
+        self.num_groups, self.first_group = config.num_groups, 0  # of the groups owned here, the first among all
+        self.group_owners = 1
         if self.num_heads % config.num_groups:
             raise UserError(f"mamba2.num_groups {config.num_groups} must divide the {self.num_heads} heads.")
         shared = config.num_groups * config.state_size
@@ -125,23 +129,52 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         context, conv_state = shard.halo(xBC, config.conv_width - 1, None if state is None else state.conv)
         xBC = causal_conv(xBC, context, self.conv_weight, self.conv_bias, shard.segments, activation="silu")
-        shared = config.num_groups * config.state_size
+        shared = self.num_groups * config.state_size
         x, B, C = xBC.split([self.inner, shared, shared], dim=-1)
         x = x.unflatten(-1, (self.num_heads, config.head_dim))  # [T, d_inner] -> [T, H, V]
-        B, C = (tensor.unflatten(-1, (config.num_groups, config.state_size)) for tensor in (B, C))  # [T, G, K]
+        B, C = (tensor.unflatten(-1, (self.num_groups, config.state_size)) for tensor in (B, C))  # [T, G, K]
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         log_decay = -self.A_log.exp() * dt
         v = x * dt[..., None].to(x.dtype)
         op = ScalarDecay(chunk=config.chunk)
         y, S = shard.scan(op, (C, B, v, log_decay), None if state is None else state.S)
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
-        return self.out_proj(self.gated_norm(y.flatten(1), z)), Mamba2State(conv_state, S)
+        return self.out_proj(self.gated_norm(y.flatten(1), z, shard)), Mamba2State(conv_state, S)
 
-    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+    def gated_norm(self, y: Tensor, z: Tensor, shard: SequenceShard) -> Tensor:
         """`RMSNorm(y silu(z))` over each group's channels, [T, d_inner]."""
-        gated = (y * F.silu(z)).unflatten(-1, (self.config.num_groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.norm_eps)
+        gated = (y * F.silu(z)).unflatten(-1, (self.num_groups, -1))
+        if self.group_owners == 1:
+            normed = F.rms_norm(gated, gated.shape[-1:], eps=self.norm_eps)
+        else:  # the group's other channels are elsewhere
+            wide = gated.to(accumulate_dtype(y.dtype))
+            squares = wide.new_zeros(len(wide), self.config.num_groups)
+            own = slice(self.first_group, self.first_group + 1)
+            squares[:, own] = wide.square().sum(-1)
+            mean = shard.head_sum(squares)[:, own] / (self.group_owners * gated.shape[-1])  # [T, 1]
+            normed = (wide * torch.rsqrt(mean + self.norm_eps)[..., None]).to(y.dtype)
         return normed.flatten(-2) * self.norm_weight.to(y.dtype)
+
+    def cuts(self) -> dict[str, Cut]:
+        head, group = (self.num_heads, self.config.head_dim), (self.num_groups, self.config.state_size)
+        each = Cut(0, ((self.num_heads, 1),))
+        return {
+            "in_proj.weight": Cut(0, (head, head, group, group, (self.num_heads, 1))),  # z | x | B | C | dt
+            "conv_weight": Cut(0, (head, group, group)),
+            "conv_bias": Cut(0, (head, group, group)),
+            "A_log": each,
+            "dt_bias": each,
+            "D": each,
+            "norm_weight": Cut(0, (head,)),
+            "out_proj.weight": Cut(1, (head,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.group_owners = max(1, parts // self.num_groups)
+        self.num_groups, self.first_group = share(self.num_groups, part, parts)
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        self.inner = self.num_heads * self.config.head_dim
+        self.widths = (self.inner, self.inner + 2 * self.num_groups * self.config.state_size, self.num_heads)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""

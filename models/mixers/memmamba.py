@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut
 from ..ops.pool import POLICIES, Cells, PoolMerge, Selection, make_notes, pool_cells, read
 from ..sequence import SequenceShard
 from .mamba1 import Mamba1, Mamba1State
@@ -181,6 +182,13 @@ class MemMamba(nn.Module):
         if isinstance(self.core, Mamba1):
             return self.core(x, shard, None if state is None else Mamba1State(state.conv, state.S))
         return self.core(x, shard, None if state is None else Mamba2State(state.conv, state.S))
+
+    def cuts(self) -> dict[str, Cut]:
+        """The core's: notes and pools have no heads, and every owner of heads makes the same."""
+        return {f"core.{name}": cut for name, cut in self.core.cuts().items()}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.core.keep_heads(part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token: the core's, the weights, and two products with every slot read."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..heads import Cut
 from ..ops.rope import rope_in_documents
 from ..sequence import SequenceShard
 from .linear_attention import LinearAttention, LinearAttentionConfig
@@ -62,6 +63,9 @@ class Retention(LinearAttention):
 
     def log_decay(self) -> Tensor:
         return self.decay
+
+    def cuts(self) -> dict[str, Cut]:
+        return {**super().cuts(), "decay": Cut(0, ((self.num_heads, 1),))}
 
     def rotate(self, x: Tensor, shard: SequenceShard) -> Tensor:
         return rope_in_documents(x, shard.segments, self.config.rope_base) if self.config.rotary else x

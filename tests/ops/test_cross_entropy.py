@@ -98,8 +98,8 @@ def test_autocast_uses_bfloat16_and_spares_float64():
 
 
 def test_logits_are_bounded():
-    assert fast._default_chunk(32_000, torch.float32) * 32_000 * 4 <= fast.MAX_LOGITS_BYTES
-    assert fast._default_chunk(10**9, torch.float64) == 1
+    assert fast.default_chunk(32_000, torch.float32) * 32_000 * 4 <= fast.MAX_LOGITS_BYTES
+    assert fast.default_chunk(10**9, torch.float64) == 1
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

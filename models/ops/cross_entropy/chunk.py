@@ -15,11 +15,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 MAX_LOGITS_BYTES = 64 << 20  # of one chunk
 
 
-def _default_chunk(vocabulary: int, dtype: torch.dtype) -> int:
+def default_chunk(vocabulary: int, dtype: torch.dtype) -> int:
     return max(1, MAX_LOGITS_BYTES // (max(vocabulary, 1) * dtype.itemsize))
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the matmuls: autocast's where it is on, except for float64."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -38,8 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         dhidden = torch.zeros_like(hidden) if need_hidden else None
         dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        matrix = weight.to(_matmul_dtype(hidden))
-        step = chunk or _default_chunk(weight.shape[0], dtype)
+        matrix = weight.to(matmul_dtype(hidden))
+        step = chunk or default_chunk(weight.shape[0], dtype)
         # Tokens of weight zero are left out, not multiplied by zero: their labels and states may be anything.
         kept = weights.nonzero().squeeze(1)
         with torch.autocast(hidden.device.type, enabled=False):
