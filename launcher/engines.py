@@ -15,6 +15,7 @@ from longhaul.parallel.layout import LAYOUTS, SequenceLayout
 
 if TYPE_CHECKING:
     from .config import ParallelConfig
+    from .metrics import Metrics
 
 
 class Key(NamedTuple):
@@ -39,6 +40,7 @@ KEYS = {
     "layout_shares": Key("layout", "shares"),
 }
 PAYLOADS = {"fp32": "float32", "bf16": "bfloat16"}
+PRINTED = 24  # lines on what engines chose
 DEFAULTS = {"exchange_payload": "fp32", "attention_backward": "auto"}  # of the others None
 
 
@@ -115,3 +117,29 @@ def _options(chooses: str, engine: str) -> list[str]:
     """Of an engine; every exchange but one has a reach that may be cut, and that one says so itself."""
     own = list(inspect.signature(_factories(chooses)[engine]).parameters)
     return [*own, "reach_tolerance"] if chooses == "exchange" else own
+
+
+class EngineNews:
+    """Prints, and records for the report, what the engines measured, chose and gave up, when there is something new.
+
+    Args:
+        engine: of this run.
+        metrics: where it is printed and recorded.
+    """
+
+    def __init__(self, engine: SequenceParallel, metrics: Metrics) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.told: list[str] = []
+        self.printed = 0
+
+    def tell(self) -> None:
+        """Ask the engines. Lines beyond `PRINTED` are only recorded: documents of many shapes give many choices."""
+        said = self.engine.describe()
+        if said == self.told:
+            return
+        for line in said:
+            if line not in self.told and self.printed < PRINTED:
+                self.metrics.message(line)
+                self.printed += 1
+        self.told = said
+        self.metrics.record(engines=said)

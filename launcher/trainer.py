@@ -26,6 +26,7 @@ from .batches import stream_indices
 from .config import TrainConfig
 from .data import Data, load_data
 from .facts import baselines, describe_run
+from .engines import EngineNews, engine_arguments
 from .engines import engine_arguments
 from .finish import write_results
 from .load import RESOLVED
@@ -86,6 +87,8 @@ class Trainer:
         self.engine.check(*model.needs())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = model.flops_per_token(config.data.seq_length)
+        if model.needs()[0]:
+            self.engine.prepare(runtime.device)
         undecayed = undecayed_names(model)
         self.model = DataParallel(
             model,
@@ -172,10 +175,14 @@ class Trainer:
             loss: float | None = None
             while self.step < steps and not stopped:
                 stopped = self._one_step(metrics)
+            news = EngineNews(self.engine, metrics)
+            news.tell()
                 every = self.config.train.eval_every
                 if not stopped and every and self.step % every == 0 and self.step < steps:
                     loss, stopped = self._evaluate(metrics)
                 every = self.config.checkpoint.every
+                if metrics.due(self.step):
+                    news.tell()
                 if not stopped and every and self.step % every == 0 and self.step < steps:
                     self._save(metrics, final=False)
             if self.step < steps:

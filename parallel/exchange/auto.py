@@ -1,9 +1,9 @@
 """The exchange that should cost least here, chosen from measured numbers.
 
-Links are measured once by a probe (`longhaul.parallel.network`), at the first exchange that must send; local work, behind
-which messages hide, is measured on the first exchanges of each kind, and agreed by all ranks. From both the cost model
-(`cost.py`) picks, once for each kind of map, size of state, direction, way of documents and tokens a rank (to three binary
-digits). All ranks pick alike: they choose from the same numbers.
+Links are measured once by a probe (`longhaul.parallel.network`), by `prepare` or at the first exchange that must send; local
+work, behind which messages hide, is measured on the first exchanges of each kind, and agreed by all ranks. From both the
+cost model (`cost.py`) picks, once for each kind of map, size of state, direction, way of documents and tokens a rank (to three
+binary digits). All ranks pick alike: they choose from the same numbers.
 
 Which exchange runs may so differ from run to run, and with it the order of additions: name an exchange, or give the numbers,
 where two runs must agree to the last bit.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Auto(Exchange):
         if latency_s is not None and bytes_per_s is not None:
             self.network = Network.even(comm.size, latency_s, bytes_per_s)
         self.local_s_per_token = local_s_per_token
-        self.choices: dict[tuple[object, ...], Choice] = {}
+        self.choices: dict[tuple[Any, ...], Choice] = {}
         self._clocks: dict[tuple[object, ...], _Clock] = {}
         self._rates: dict[tuple[object, ...], float] = {}  # seconds of local work a token, agreed
         self._exchanges: dict[tuple[str, int], Exchange] = {}
@@ -94,8 +94,8 @@ class Auto(Exchange):
     ) -> Pending:
         if self.comm.size == 1 or not (crosses(chain) or want_end):
             return Walk(self.comm).start(maps, chain, initial, reverse, want_end)  # which sends nothing
-        if self.network is None:
-            self._probe(maps.offset.device)
+        self.prepare(maps.offset.device)
+        assert self.network is not None, "just measured"
         tokens = _bucket(max(link.length for link in chain) * maps.num_maps)
         kind = (type(maps.linear).__name__, tuple(maps.offset.shape[1:]), maps.offset.dtype, reverse)
         rate = self._rate(kind, maps.offset.device)
@@ -116,15 +116,21 @@ class Auto(Exchange):
             f"auto on {self.comm.size} ranks: a message takes {1e6 * message.latency_s:.3g} us and "
             f"{message.bytes_per_s:.2g} B/s, an all-gather {1e6 * gather.latency_s:.3g} us and {gather.bytes_per_s:.2g} B/s"
         ]
-        for (kind, shape, _, reverse, *_), choice in self.choices.items():
+        for (kind, shape, dtype, reverse, tokens, *_, timed), choice in self.choices.items():
+            if not timed and (kind, shape, dtype, reverse) in self._rates:
+                continue  # only while local work was being timed
             costs = ", ".join(f"{name} {1e3 * found.seconds:.3g}" for name, found in choice.estimates.items())
+            beside = f"beside {1e3 * choice.work.local_s:.3g} ms of local work" if timed else "(local work is not timed yet)"
             lines.append(
-                f"  {kind} {shape} {'backward' if reverse else 'forward'}, {choice.work.hops} hops beside "
-                f"{1e3 * choice.work.local_s:.3g} ms of local work: {choice.name} (exposed ms: {costs})"
+                f"  {kind} {shape} {'backward' if reverse else 'forward'}, {tokens} tokens, {choice.work.hops} hops {beside}: "
+                f"{choice.name} (exposed ms: {costs})"
             )
         return "\n".join(lines)
 
-    def _probe(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device) -> None:
+        """Probe the links, once; on all ranks at once."""
+        if self.network is not None or self.comm.size == 1:
+            return
         self.network = probe(self.comm, device)
         if self.intra is not None and self.inter is not None and min(self.intra.size, self.inter.size) > 1:
             inside, across = probe(self.intra, device), probe(self.inter, device)

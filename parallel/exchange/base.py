@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from longhaul.models.errors import UserError
@@ -55,6 +56,14 @@ class Exchange(Protocol):
     def check(self, layout: SequenceLayout) -> None:
         """Refuse, with a `UserError`, a layout that this exchange cannot serve."""
         return None
+
+    def prepare(self, device: torch.device) -> None:
+        """Measure, before the first step and on all ranks at once, what can be measured then."""
+        return None
+
+    def describe(self) -> str:
+        """What was measured, chosen or given up so far, for people; empty if there is no such thing."""
+        return ""
 
 
 def own_links(chain: Chain, rank: int) -> list[int]:

@@ -73,12 +73,18 @@ class Reach(Exchange):
         self.cuts, self.bound = len(bounds), max([self.bound, *bounds])
         return self.inside.start(maps, chain, initial, reverse, want_end)
 
+    def prepare(self, device: torch.device) -> None:
+        self.inside.prepare(device)
+
     def describe(self) -> str:
-        """The bound, for people."""
-        return (
-            f"reach: {self.cuts} parts cut in the last exchange; a state is off by at most {self.bound:.2g} of the state "
-            f"that was dropped (tolerance {self.tolerance:g})"
-        )
+        """The bound, for people; and what the exchange inside says."""
+        own = f"reach: nothing was cut yet (tolerance {self.tolerance:g})"
+        if self.bound:
+            own = (
+                f"reach: parts are cut where constant decays leave at most {self.tolerance:g} of a state; a state is off by at "
+                f"most {self.bound:.2g} of the one that was dropped"
+            )
+        return "\n".join(filter(None, (own, self.inside.describe())))
 
 
 def cut_chain(linear: Linear, chain: Chain, tolerance: float) -> tuple[Chain, list[float]]:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from longhaul.launcher.config import ParallelConfig
 from longhaul.launcher.engines import KEYS
+from longhaul.launcher.metrics.files import read_facts
 from longhaul.launcher.parsing import parse
 from longhaul.launcher.trainer import Trainer
 from longhaul.models.errors import UserError
@@ -136,12 +138,12 @@ def test_a_rounded_payload_is_a_little_off(folder: Path) -> None:
 RETENTION = {"linear_mixer": "retention", "pattern": "LL"}
 
 
-def bound_of(rank: int, world_size: int, config: Any) -> tuple[int, float, dict[str, torch.Tensor]]:
+def bound_of(rank: int, world_size: int, config: Any) -> tuple[float, dict[str, torch.Tensor]]:
     trainer = Trainer(config, Runtime(rank, world_size, device="cpu"))
     trainer.run()
     reach = trainer.engine.exchange
     assert isinstance(reach, Reach)
-    return reach.cuts, reach.bound, whole_parameters(trainer.model.model)
+    return reach.bound, whole_parameters(trainer.model.model)
 
 
 def test_a_reach_that_is_cut_trains_within_its_bound(folder: Path) -> None:
@@ -155,7 +157,34 @@ def test_a_reach_that_is_cut_trains_within_its_bound(folder: Path) -> None:
         train={"steps": 3},
         checkpoint={"every": 0, "folder": str(folder / "cut")},
     )
-    for _, bound, two in run_ranks(bound_of, 2, config=config):
+    for bound, two in run_ranks(bound_of, 2, config=config):
         assert bound == pytest.approx((63 / 64) ** 24, rel=1e-5)
         errors = [relative_error(two[name], alone[name]) for name in alone]
         assert 1e-5 < max(errors) < 0.1, max(errors)
+    (line,) = read_facts(folder / "cut")["engines"]
+    assert "leave at most 0.7 of a state" in line and "off by at most 0.69 of" in line
+
+
+def told_by_auto(rank: int, world_size: int, config: Any) -> tuple[list[str], list[str]]:
+    """What was printed, and what is known in the end."""
+    trainer, printed = Trainer(config, Runtime(rank, world_size, device="cpu")), []
+    with mock.patch("longhaul.launcher.metrics.metrics.Metrics.message", lambda _, text: printed.append(text)):
+        trainer.run()
+    return printed, trainer.engine.describe()
+
+
+def test_what_auto_measured_and_chose_is_told(folder: Path) -> None:
+    config = tiny(
+        folder,
+        parallel={"sequence_parallel_size": 2, "exchange": "auto"},
+        train={"steps": 5},
+        checkpoint={"every": 0, "folder": str(folder / "auto")},
+    )
+    printed, _ = run_ranks(told_by_auto, 2, config=config)[0]
+    probed = next(index for index, line in enumerate(printed) if line.startswith("auto on 2 ranks: a message takes"))
+    chosen = [index for index, line in enumerate(printed) if "ms of local work: " in line]
+    assert chosen and probed < min(chosen)
+    assert {"forward", "backward"} <= {word.rstrip(",") for index in chosen for word in printed[index].split()}
+    recorded = read_facts(folder / "auto")["engines"]
+    assert recorded[0] == printed[probed] and {printed[index] for index in chosen} <= set(recorded)
+    assert not any("not timed yet" in line for line in recorded[1:])
