@@ -22,6 +22,5 @@ def routing_means(
     counts = torch.zeros_like(probabilities).scatter(1, chosen, 1.0)
     columns = [counts, probabilities] + ([] if extra is None else [extra])
     totals = shard.total(torch.cat(columns, dim=1), per="document")  # [T, 2 E + n] -> [documents, 2 E + n]
-    bounds = shard.documents.bounds
-    lengths = totals.new_tensor([stop - start for start, stop in zip(bounds, bounds[1:])])[:, None]
+    lengths = shard.document_lengths.to(totals)[:, None]
     return (totals / lengths).split([column.shape[1] for column in columns], dim=1)

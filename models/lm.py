@@ -125,8 +125,8 @@ class LanguageModel(nn.Module):
         loss_sum, weight_sum = self.head(hidden, labels, weights)
         if not auxiliary or not self.training:
             return LossOutput(loss_sum, weight_sum, final)
-        per_token = torch.stack(auxiliary).sum(0)[shard.share(shard.document_ids)]  # [layers, documents] -> [T']
-        aux_sum = (per_token * shard.share(weights)).sum()
+        per_document = torch.stack(auxiliary).sum(0)  # [layers, documents] -> [documents]
+        aux_sum = (per_document * shard.document_weights(weights)).sum()
         return LossOutput(loss_sum + aux_sum, weight_sum, final, aux_sum.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -72,6 +72,16 @@ class SequenceShard:
         """Which document of the stream each token belongs to, int64 [T]."""
         return self.segments.document_ids(self.device)
 
+    @property
+    def document_lengths(self) -> Tensor:
+        """Tokens of each document of the stream, int64 [num_documents]."""
+        bounds = self.documents.bounds
+        return torch.tensor([stop - start for start, stop in zip(bounds, bounds[1:])], device=self.device)
+
+    def document_weights(self, weights: Tensor) -> Tensor:
+        """How much of each document's weight in the loss is counted here, [T] -> [num_documents]: over ranks, all of it."""
+        return token_sums(self.share(weights), "document", self.share(self.document_ids), self.documents.num_documents)
+
     def scan(self, op: Recurrence, x: Sequence[Tensor | None], state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """A linear recurrence over the whole sequence.
 
