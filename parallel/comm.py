@@ -6,6 +6,7 @@ Bytes are payload *received* by this rank, which is what limits a collective; a 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -38,12 +39,14 @@ class Ledger:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Count] = defaultdict(Count)
         self.events: list[str] | None = None
+        self._lock = threading.Lock()  # couriers send from threads of their own
 
     def add(self, label: str, kind: str, messages: int, size: int) -> None:
-        count = self.counts[label, kind]
-        count.calls += 1
-        count.messages += messages
-        count.bytes += size
+        with self._lock:
+            count = self.counts[label, kind]
+            count.calls += 1
+            count.messages += messages
+            count.bytes += size
 
     def mark(self, event: str) -> None:
         """Append to the event log, if one is being kept (`ledger.events = []` starts one)."""
@@ -78,6 +81,7 @@ class Wire:
     def __init__(self, delay: float = 0.0, bandwidth: float | None = None) -> None:
         self.delay, self.bandwidth = delay, bandwidth
         self._busy_until = 0.0
+        self._lock = threading.Lock()
 
     def arrival(self, size: int) -> float:
         """When a collective posted now is there."""
@@ -85,8 +89,9 @@ class Wire:
 
     def send(self, size: int) -> float:
         """When a message sent now is there."""
-        self._busy_until = max(time.perf_counter(), self._busy_until) + self._duration(size)
-        return self._busy_until + self.delay
+        with self._lock:
+            self._busy_until = max(time.perf_counter(), self._busy_until) + self._duration(size)
+            return self._busy_until + self.delay
 
     def _duration(self, size: int) -> float:
         return size / self.bandwidth if self.bandwidth else 0.0
@@ -126,6 +131,11 @@ class Comm:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._tags = 0
+
+    @property
+    def tagged(self) -> bool:
+        """Whether messages match by tag, in whatever order ranks post those of different tags."""
+        return self.group is not None and dist.get_backend(self.group) == "gloo"
 
     def next_tag(self) -> int:
         """A tag for a group of point-to-point messages; all ranks must ask for theirs in one order."""

@@ -23,8 +23,9 @@ class AllScan(Walk):
     """K messages, one state in all, for each run that reads from another rank (see `Walk` for the formula).
 
     Args:
-        blocks: K, at most the value width; None: the K that is best for links of `LATENCY_BYTES`. P - 1 hops of m bytes take
-            `(P - 2 + K) (latency + m / (K bandwidth))`, least at `K^2 = (P - 2) m / (latency * bandwidth)`.
+        blocks: K, at most the value width; None: the K that is best for links of `LATENCY_BYTES`, where every block costs a
+            latency: P - 1 hops of m bytes take `(P - 2 + K) (latency + m / (K bandwidth))`, least at
+            `K^2 = (P - 2) m / (latency * bandwidth)`. (`auto` measures what a block costs.)
     """
 
     name = "all_scan"

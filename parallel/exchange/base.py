@@ -5,7 +5,8 @@ is: it packs, sends, unpacks, composes and applies.
 
 Several exchanges may be under way on one group, if all ranks start them in one order and wait for them in that order
 (not with `ring_blocking`, whose `start` waits for other ranks).
-Each has a tag of its own (`Comm.next_tag`), which keeps point-to-point messages apart where the backend has tags (gloo).
+Each has tags of its own (`Comm.next_tag`), which keep point-to-point messages apart where the backend has tags (gloo), and
+there goes on beside the local work (`courier.py`).
 NCCL has none: there, wait for a point-to-point exchange of several parts a rank before the next one starts.
 """
 

@@ -9,6 +9,7 @@ no more.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from longhaul.models.ops.recurrence import Pending
 from longhaul.parallel.comm import Comm, Handle
 
 from .base import Chain, Exchange, label, refuse_rounding
+from .courier import Courier
 from .runs import Run, Window, make_runs, pass_through, window_of
 
 
@@ -34,6 +36,7 @@ class LogScan(Exchange):
     def __init__(self, comm: Comm, payload_dtype: str = "float32") -> None:
         refuse_rounding(self.name, payload_dtype)
         self.comm = comm
+        self.courier = Courier()
 
     def start(
         self,
@@ -44,11 +47,11 @@ class LogScan(Exchange):
         want_end: bool = False,
     ) -> Pending:
         runs = make_runs(chain, reverse)
-        return _States(_Scanning(self.comm, maps, runs, label(reverse)), initial, want_end)
+        return _States(_Scanning(self.comm, maps, runs, label(reverse), self.courier), initial, want_end)
 
     def start_windows(self, maps: AffineMap, chain: Chain, reverse: bool) -> PendingWindows:
         """The prefix as maps: see `Hierarchical`. The total costs every rank but the last one packed map more."""
-        return PendingWindows(_Scanning(self.comm, maps, make_runs(chain, reverse), label(reverse)))
+        return PendingWindows(_Scanning(self.comm, maps, make_runs(chain, reverse), label(reverse), self.courier))
 
 
 def sources(runs: list[Run], index: int) -> Iterator[tuple[int, int]]:
@@ -60,9 +63,12 @@ def sources(runs: list[Run], index: int) -> Iterator[tuple[int, int]]:
 
 
 class _Scanning:
-    """The scan under way: after `finish`, `before[i]` is the map of all runs before i, for the runs held here."""
+    """The scan under way: after `finish`, `before[i]` is the map of all runs before i, for the runs held here.
 
-    def __init__(self, comm: Comm, maps: AffineMap, runs: list[Run], label: str) -> None:
+    The first step is posted at once. Where messages match by tag a courier takes the others beside the local work.
+    """
+
+    def __init__(self, comm: Comm, maps: AffineMap, runs: list[Run], label: str, courier: Courier) -> None:
         self.comm, self.maps, self.runs, self.label = comm, maps, runs, label
         self.tag = comm.next_tag()
         self.own = [k for k, run in enumerate(runs) if run.owner == comm.rank]
@@ -71,8 +77,17 @@ class _Scanning:
         self.before: dict[int, Window] = {}
         self.steps = self._scan()
         self.next = next(self.steps, None)
+        self.errand: Future[None] | None = None
+        if self.next is not None and comm.tagged and maps.offset.device.type == "cpu":
+            self.errand = courier.run(self._finish)
 
     def finish(self) -> None:
+        if self.errand is None:
+            self._finish()
+        else:
+            self.errand.result()
+
+    def _finish(self) -> None:
         if self.next is not None:
             self.next.wait()
         for handle in self.steps:

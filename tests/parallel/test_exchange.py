@@ -16,7 +16,7 @@ from longhaul.models.errors import UserError
 from longhaul.models.ops.affine import AffineMap
 from longhaul.models.ops.chain import Link, fold
 from longhaul.models.ops.segments import Documents
-from longhaul.parallel.comm import Comm, Ledger
+from longhaul.parallel.comm import Comm, Ledger, Wire
 from longhaul.parallel.exchange.base import Exchange, own_links
 from longhaul.parallel.exchange.registry import EXCHANGES, make_exchange
 from longhaul.parallel.layout import SequenceLayout
@@ -267,12 +267,73 @@ def test_several_exchanges_in_flight(ranks: int) -> None:
     run_ranks(several_in_flight, ranks)
 
 
+class Untagged(Comm):
+    """A group whose messages match in the order of posts alone."""
+
+    tagged = False
+
+
+def both_ways_of_posting(rank: int, world_size: int, blocks: Sequence[int]) -> int:
+    """The same cells with all receives posted first, and in waves: equal bit by bit, in messages and in bytes."""
+    flow, waves = Comm(dist.group.WORLD, wire=Wire()), Untagged(dist.group.WORLD)
+    count = 0
+    for number in blocks:
+        one, other = (make_exchange("all_scan", comm, blocks=number) for comm in (flow, waves))
+        for cell in itertools.islice(cells(world_size), 0, None, 5):  # 5 shares no factor with the flags and kinds
+            (pending, inputs), (reference, _) = _start(one, cell), _start(other, cell)
+            entering, end = pending.wait()
+            expected, expected_end = reference.wait()
+            chain, own = inputs[1], inputs[3]
+            full = [slot for slot, k in enumerate(own) if chain[k].length]
+            message = f"{number} blocks: {cell}"
+            assert torch.equal(entering[full], expected[full]), message
+            assert end is expected_end is None or torch.equal(end, expected_end), message
+            totals = [comm.ledger.total() for comm in (flow, waves)]
+            assert totals[0].messages == totals[1].messages and totals[0].bytes == totals[1].bytes, message
+            count += 1
+    assert flow.ledger.total().messages > count / 4  # something was sent
+    return count
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_receives_posted_first_change_nothing(ranks: int) -> None:
+    run_ranks(both_ways_of_posting, ranks, blocks=(1, 2, V))
+
+
+def passed_on_beside_local_work(rank: int, world_size: int, name: str, options: dict[str, int], reverse: bool) -> list[str]:
+    """The local work of every rank but the last in the chain lasts until the last has all that it waits for."""
+    comm, word = Comm(dist.group.WORLD), Comm(dist.group.WORLD)
+    exchange = make_exchange(name, comm, **options)
+    cell = Cell("dense", layouts(world_size)[0], Documents((0, 6 * world_size + 1)), reverse, False, False, 0)
+    comm.ledger.events = []
+    pending, inputs = _start(exchange, cell)
+    comm.ledger.mark("local")
+    last = 0 if reverse else world_size - 1
+    if rank == last:
+        _compare(pending, inputs, cell, name)
+    word.broadcast(torch.zeros(1), last, "done").wait()
+    if rank != last:
+        _compare(pending, inputs, cell, name)
+    return comm.ledger.events
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name, options", [("ring", {}), ("all_scan", {"blocks": 3}), ("log_scan", {})])
+def test_states_are_passed_on_beside_local_work(name: str, options: dict[str, int], reverse: bool) -> None:
+    """It would hang, if a rank in the middle sent no more than what it could send in `start`."""
+    found = run_ranks(passed_on_beside_local_work, 4, name=name, options=options, reverse=reverse, timeout=30)
+    blocks = options.get("blocks", 1)
+    for events in found[1:-1]:
+        # All that will come has been asked for before the local work.
+        assert events[: events.index("local")].count("post state " + ("backward" if reverse else "forward")) >= blocks
+
+
 def order_of_events(rank: int, world_size: int) -> dict[str, list[str]]:
     comm, found = Comm(dist.group.WORLD), {}
     cell = Cell("dense", layouts(world_size)[0], Documents((0, 6 * world_size + 1)), False, False, False, 0)
     for name in FLAT:
         comm.ledger.events = []
-        pending, _ = _start(make_exchange(name, comm), cell)
+        pending, _ = _start(make_exchange(name, comm, **({"blocks": 2} if name == "all_scan" else {})), cell)
         comm.ledger.mark("local")
         pending.wait()
         found[name] = comm.ledger.events
@@ -285,8 +346,15 @@ def test_local_work_stands_between_post_and_wait() -> None:
         assert events["all_gather"] == ["post state forward", "local", "wait state forward"]
     post, wait, local = "post state forward", "wait state forward", "local"
     assert first["ring"] == [post, local, wait]
-    assert middle["ring"] == middle["all_scan"] == [post, local, wait, post, wait]
-    assert last["ring"] == [*last["log_scan"][:1], local, wait]
+    assert first["all_scan"] == [post, post, local, wait, wait]
+    # What comes is asked for at once; when it goes on is the courier's affair, which may be before the local work or after.
+    for name, blocks in (("ring", 1), ("all_scan", 2)):
+        assert middle[name][:blocks] == [post] * blocks
+        assert sorted(middle[name]) == sorted([local, *([post, wait] * 2 * blocks)])
+    assert last["ring"] == [post, local, wait]
+    assert last["all_scan"] == [post, post, local, wait, wait]
+    for events, steps in ((first, 2), (middle, 1), (last, 2)):
+        assert events["log_scan"][0] == post and sorted(events["log_scan"]) == sorted([local, *([post, wait] * steps)])
     # The published order: receive, local work, send.
     assert first["ring_blocking"] == [local, post, wait]
     assert middle["ring_blocking"] == [post, wait, local, post, wait]
