@@ -35,6 +35,7 @@ from .errors import UserError
 from .mixers.registry import MIXERS
 from .ops.segments import Documents
 from .sequence import SequenceShard
+from .whole_documents import DocumentTotals
 
 Model = Callable[..., Any]
 MakeShard = Callable[[Documents, bool], SequenceShard]
@@ -63,7 +64,7 @@ class Streamed(NamedTuple):
     """Of a streamed step; everything detached.
 
     Attributes:
-        loss_sum, weight_sum: over the tokens held here, float64.
+        loss_sum, weight_sum: over the tokens held here, float64; auxiliary losses are not in it.
         state: after the stream's last token, if it was asked for.
         state_gradient: of the state that was given, None where nothing read it.
         border_elements: the most elements that were kept at borders at one time.
@@ -98,23 +99,16 @@ def check_streamable(model: nn.Module) -> None:
     """Refuse a model whose gradients chunks cannot give.
 
     Raises:
-        UserError: it looks both ways (a prefix, too), or has a loss over whole documents.
+        UserError: it looks both ways (a prefix, too).
     """
     prefix = tuple(MIXERS[name] for name in PREFIX_MIXERS)
     for name, module in model.named_modules():
-        mask, config = getattr(module, "mask", None), getattr(module, "config", None)
+        mask = getattr(module, "mask", None)
         both_ways = mask is not None and not getattr(mask, "causal", True)
         if both_ways or isinstance(module, (BidirectionalMixer, *prefix)):
             raise UserError(
                 f"Layer {name!r} ({type(module).__name__}) looks both ways, so a stream cannot be cut into chunks: leave "
                 "stream_tokens out and spread the sequence over more ranks."
-            )
-        weights = {key: getattr(config, key, 0.0) for key in ("balance_weight", "z_weight")}
-        if any(weights.values()):
-            told = ", ".join(f"{key} {value:g}" for key, value in weights.items() if value)
-            raise UserError(
-                f"Layer {name!r} ({type(module).__name__}) has an auxiliary loss over whole documents ({told}), of which a "
-                "chunk sees a part: set it to 0 or leave stream_tokens out."
             )
 
 
@@ -181,16 +175,19 @@ class Streaming:
         if self.truncate:
             return self._truncated(stream, chunks, entering, scale, last)
         sums = _Sums()
+        totals = DocumentTotals(stream.documents, stream.weights) if len(chunks) > 1 else None
         final, cotangent = None, None
         with Borders(self.keep, self.folder) as borders:
             borders.push(0, 0, entering)
             del entering
-            self._advance(stream, chunks, borders, len(chunks) - 1, self._kept(len(chunks)))
+            self._advance(stream, chunks, borders, len(chunks) - 1, totals, self._kept(len(chunks)))
+            if totals is not None:
+                self._complete(stream, chunks[-1], borders, totals)
             for index in reversed(range(len(chunks))):
                 if borders.index < index:
-                    self._advance(stream, chunks, borders, index, lambda border: True)
+                    self._advance(stream, chunks, borders, index, totals, lambda border: True)
                 after, cotangent = self._replay(
-                    stream, chunks[index], borders.pop(), cotangent, scale, sums, last and index == 0
+                    stream, chunks[index], borders.pop(), cotangent, totals, scale, sums, last and index == 0
                 )
                 if index == len(chunks) - 1:
                     final = _detached(after)
@@ -215,9 +212,13 @@ class Streaming:
         last = (n - 1) // every * every
         return lambda border: border % every == 0 or border > last
 
-    def _forward(self, stream: LongStream, chunk: Chunk, state: Any, with_loss: bool) -> Any:
+    def _forward(
+        self, stream: LongStream, chunk: Chunk, state: Any, with_loss: bool, totals: DocumentTotals | None = None
+    ) -> Any:
         """`LossOutput`, or the state alone."""
         shard = self.make_shard(chunk.documents, chunk.goes_on)
+        if totals is not None:
+            shard = totals.shard(shard, chunk.start)
         tokens = held(stream.tokens, chunk, shard)
         if not chunk.documents.first_position:
             state = None
@@ -228,22 +229,43 @@ class Streaming:
 
     @torch.no_grad()
     def _advance(
-        self, stream: LongStream, chunks: list[Chunk], borders: Borders, target: int, kept: Callable[[int], bool]
+        self,
+        stream: LongStream,
+        chunks: list[Chunk],
+        borders: Borders,
+        target: int,
+        totals: DocumentTotals | None,
+        kept: Callable[[int], bool],
     ) -> None:
         """From the last border that is held to border `target`, keeping those of the borders on the way that are wanted."""
         state = borders.top()
         for index in range(borders.index, target):
-            state = self._forward(stream, chunks[index], state, with_loss=False)
+            state = self._forward(stream, chunks[index], state, with_loss=False, totals=totals)
             if kept(index + 1):
                 borders.push(index + 1, chunks[index + 1].start, state)
 
+    @torch.no_grad()
+    def _complete(self, stream: LongStream, chunk: Chunk, borders: Borders, totals: DocumentTotals) -> None:
+        """Add the last chunk's part of the documents' sums, if the model asks for any: it was left out of the first pass."""
+        if totals.tables:
+            self._forward(stream, chunk, borders.top(), with_loss=False, totals=totals)
+        totals.complete = True
+
     def _replay(
-        self, stream: LongStream, chunk: Chunk, state: Any, cotangent: Any, scale: float, sums: _Sums, last: bool
+        self,
+        stream: LongStream,
+        chunk: Chunk,
+        state: Any,
+        cotangent: Any,
+        totals: DocumentTotals | None,
+        scale: float,
+        sums: _Sums,
+        last: bool,
     ) -> tuple[Any, Any]:
         """Forward and backward of one chunk; the state after it, and the gradient of the state before it."""
         entering = tree_map_only(Tensor, _leaf, state)
         with self.accumulate(last):
-            output = self._forward(stream, chunk, entering, with_loss=True)
+            output = self._forward(stream, chunk, entering, with_loss=True, totals=totals)
             sums.add(output)
             roots: list[Tensor] = [output.loss_sum * scale]
             gradients: list[Tensor | None] = [None]
@@ -273,9 +295,8 @@ class _Sums:
         self.loss = self.weight = torch.zeros((), dtype=torch.float64)
 
     def add(self, output: Any) -> None:
-        if output.aux_sum is not None:
-            raise UserError("The model has an auxiliary loss over whole documents, of which a chunk sees a part: remove it.")
-        self.loss = self.loss.to(output.loss_sum.device) + output.loss_sum.detach()
+        loss = output.loss_sum.detach()
+        self.loss = self.loss.to(loss.device) + (loss if output.aux_sum is None else loss - output.aux_sum)
         self.weight = self.weight.to(output.weight_sum.device) + output.weight_sum.detach()
 
 

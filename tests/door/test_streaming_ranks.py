@@ -12,6 +12,7 @@ from longhaul.launcher.step import Stepper
 from longhaul.models.config import LINEAR_MIXERS, ModelConfig
 from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.attention import AttentionConfig
+from longhaul.models.moe import MoEConfig
 from longhaul.models.ops.segments import Documents
 from longhaul.models.streaming import LongStream, Streaming
 from longhaul.parallel.comm import Comm, Ledger
@@ -26,11 +27,14 @@ from tests.launcher.runs import tiny, train_rank, whole_parameters, write_corpus
 from tests.models.test_streaming import CHUNK, LENGTH, SCALE, model_of, reference, state_before, stream_of, streamable
 
 HYBRIDS = {"window": 4, "full attention": None}
+EXPERTS = MoEConfig(num_experts=3, expert_hidden_size=4, balance_weight=0.5, z_weight=0.2)
 
 
 def make(subject: str) -> LanguageModel:
     if subject in HYBRIDS:
         return model_of(pattern="LN", linear_mixer="mamba2", attention=AttentionConfig(window=HYBRIDS[subject]))
+    if subject == "experts":
+        return model_of(linear_mixer="mom", mom=streamable("mom"), ffn="moe", moe=EXPERTS)
     return model_of(linear_mixer=subject, **{subject: streamable(subject)})
 
 
@@ -59,12 +63,12 @@ def compare(rank: int, world_size: int, subject: str, exchange: str, keep: str) 
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("subject", (*LINEAR_MIXERS, *HYBRIDS))
+@pytest.mark.parametrize("subject", (*LINEAR_MIXERS, *HYBRIDS, "experts"))
 def test_two_ranks(subject: str) -> None:
     run_ranks(compare, 2, subject=subject, exchange="all_gather", keep="all", timeout=120)
 
 
-@pytest.mark.parametrize("subject", ("mamba2", "window"))
+@pytest.mark.parametrize("subject", ("mamba2", "window", "experts"))
 def test_three_ranks_and_a_ring(subject: str) -> None:
     run_ranks(compare, 3, subject=subject, exchange="ring", keep="two_level", timeout=120)
 

@@ -57,9 +57,9 @@ def model_of(**changes: Any) -> LanguageModel:
 
 
 def streamable(mixer: str) -> Any:
-    """Its options, without a loss over documents; Newton's method ends in the same states if it is let to converge."""
+    """Its options; Newton's method ends in the same states if it is let to converge."""
     options = getattr(CONFIG, mixer)
-    wanted = {"balance_weight": 0.0, "iterations": 10}
+    wanted = {"balance_weight": 0.3, "iterations": 10}
     return dataclasses.replace(options, **{name: value for name, value in wanted.items() if hasattr(options, name)})
 
 
@@ -94,7 +94,8 @@ def reference(model: LanguageModel, stream: LongStream, state: Any = None, keep_
     out = model(stream.tokens, shard, state, labels=stream.labels, weights=stream.weights)
     (out.loss_sum * SCALE).backward()
     gradient = tree_map(lambda leaf: leaf if leaf is None else leaf.grad, state)
-    found = {"loss": out.loss_sum.detach(), "weight": out.weight_sum.detach(), "gradients": gradients_of(model)}
+    loss = out.loss_sum.detach() - (0 if out.aux_sum is None else out.aux_sum)
+    found = {"loss": loss, "weight": out.weight_sum.detach(), "gradients": gradients_of(model)}
     return {**found, "state": tree_map(lambda leaf: leaf if leaf is None else leaf.detach(), out.state), "dstate": gradient}
 
 
@@ -237,21 +238,26 @@ def test_chunks_know_what_crosses_their_borders() -> None:
     assert [chunk.documents.first_position for chunk in chunks] == [7, 1, 0, 5]
 
 
-def test_models_that_look_both_ways_and_document_losses_are_refused() -> None:
+def test_models_that_look_both_ways_are_refused() -> None:
     with pytest.raises(UserError, match="both ways"):
         check_streamable(Encoder(EncoderConfig(vocab_size=20, hidden_size=16, num_layers=1, num_heads=2)))
-    options = {"num_experts": 3, "expert_hidden_size": 4}
-    with pytest.raises(UserError, match=r"balance_weight 0\.01"):
-        check_streamable(model_of(ffn="moe", moe=MoEConfig(**options)))
-    with pytest.raises(UserError, match=r"balance_weight 0\.02"):
-        check_streamable(model_of(linear_mixer="mom"))
     with pytest.raises(UserError, match="JRT"):
         check_streamable(model_of(linear_mixer="jrt"))
-    with pytest.raises(UserError, match="auxiliary"):
-        streamed(model_of(linear_mixer="mom"), stream_of())
-    model, stream = model_of(ffn="moe", moe=MoEConfig(**options, balance_weight=0.0)), stream_of()
+
+
+@pytest.mark.parametrize("keep", ("all", "two_level"))
+@pytest.mark.parametrize("activation_checkpointing", ("none", "full"))
+def test_losses_over_documents_are_those_of_whole_documents(keep: str, activation_checkpointing: str) -> None:
+    experts = MoEConfig(num_experts=3, expert_hidden_size=4, balance_weight=0.5, z_weight=0.2)
+    model = model_of(ffn="moe", moe=experts, pattern="LN", linear_mixer="mom", mom=streamable("mom"))
+    model.activation_checkpointing = activation_checkpointing
     check_streamable(model)
-    assert_trees_close(streamed(model, stream)[0], reference(model, stream), "experts without a balance loss")
+    for first_position in (0, 7):
+        stream, state = stream_of(first_position=first_position), state_before(model) if first_position else None
+        expected = reference(model, stream, state, keep_state=True)
+        for chunk in (2, CHUNK, LENGTH):
+            found, _ = streamed(model, stream, state, keep_state=True, chunk=chunk, keep=keep)
+            assert_trees_close(found, expected, f"chunks of {chunk} from {first_position}")
 
 
 @pytest.mark.parametrize(
