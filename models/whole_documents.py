@@ -12,6 +12,7 @@ add up to the whole stream's, for any F. A document's length and weight are the 
 from __future__ import annotations
 
 from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
