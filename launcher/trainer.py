@@ -27,8 +27,9 @@ from .config import TrainConfig
 from .data import Data, load_data
 from .facts import baselines, describe_run
 from .engines import EngineNews, engine_arguments
-from .engines import engine_arguments
+from .facts import baselines, describe_run
 from .finish import write_results
+from .horizon import effective_horizon
 from .load import RESOLVED
 from .metrics import Metrics, traffic_of
 from .optimizer import learning_rate, make_optimizer, undecayed_names
@@ -187,6 +188,9 @@ class Trainer:
                     self._save(metrics, final=False)
             if self.step < steps:
                 self._save(metrics, final=True)
+                every = self.config.metrics.horizon_every
+                if not stopped and every and self.step % every == 0:
+                    self._measure_horizon(metrics)
                 metrics.close(f"stopped by {signal.Signals(stopped).name}")
                 return Outcome(self.step, stopped)
             # Saved before it is judged: an evaluation may take long, and it too may be interrupted.
@@ -248,6 +252,21 @@ class Trainer:
             state = collect(
                 self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device
             )
+    def _measure_horizon(self, metrics: Metrics) -> None:
+        held_out = self.data.validation
+        stream = held_out[0] if held_out is not None and len(held_out) else self.data.train.stream(0)
+        with metrics.outside("effective horizon"):
+            found = effective_horizon(
+                self.model,
+                self.engine,
+                stream,
+                self.runtime.device,
+                self.stepper.bf16,
+                self.config.train.stream_tokens,
+            )
+        if found is not None:
+            metrics.log_horizon(self.step, *found)
+
             self._settle(metrics)
             try:
                 self.checkpoints.save(self.step, state, facts, {RESOLVED: to_yaml(self.config)})

@@ -25,7 +25,13 @@ class MetricsConfig:
     peak_flops: float | None = None
     """Peak FLOP/s of one process's device, for MFU; by default that of the GPU if it is a known one, else no MFU."""
 
+    horizon_every: int = 0
+    """Steps between measurements of the effective horizon of recurrent layers: tokens after which less than exp(-20) of a state
+    is left, at the mean decay of a held-out stream, in each layer's slowest head. Costs a forward each time; 0 never measures."""
+
     def __post_init__(self) -> None:
+        if self.horizon_every < 0:
+            raise UserError(f"metrics.horizon_every is {self.horizon_every}: give a number of steps, or 0 to measure never.")
         if self.log_every < 1:
             raise UserError(f"metrics.log_every is {self.log_every}: set it to 1 or more steps.")
         if self.display not in DISPLAYS:

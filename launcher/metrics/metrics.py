@@ -25,9 +25,14 @@ CONVENTIONS = {
     "mfu(%)": "tflops over the device's dense peak",
     "memory/max_active(GiB)": "of the main rank: peak of active bytes on CUDA, peak resident set on CPU",
     "communication": "payload received by the main rank in one step, through counted collectives",
+    "effective_horizon": "of a recurrent layer: tokens after which less than exp(-20) of a state is left in its slowest head, at "
+    "the mean decay of the first held-out stream; a mean, so no bound for single tokens; layers without decay, or with "
+    "matrices as in delta rules, are left out",
 }
 
 RECEIVED, MESSAGES = "communication/received_bytes/", "communication/messages/"  # by label: the label follows
+
+SHORTEST, MIDDLE = "effective_horizon/min(tokens)", "effective_horizon/median(tokens)"  # over recurrent layers
 
 Value = float | torch.Tensor
 
@@ -233,6 +238,14 @@ class Metrics:
         self._write(step, values)
         counted = f" over {tokens:,} tokens" if tokens is not None else ""
         self._display.message(f"step {step}: held-out loss {loss:.4f} nats per token{counted}")
+
+    def log_horizon(self, step: int, shortest: float, middle: float) -> None:
+        """The effective horizon after `step`, in tokens: of the layer with the shortest, and the median over layers."""
+        if not self._is_main:
+            return
+        self._write(step, {SHORTEST: shortest, MIDDLE: middle})
+        found = f"{shortest:,.0f} tokens in the layer that looks back least, {middle:,.0f} in the median one"
+        self._display.message(f"step {step}: effective horizon {found}")
 
     def message(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
