@@ -25,7 +25,6 @@ from longhaul.parallel.runtime import Runtime
 from .batches import stream_indices
 from .config import TrainConfig
 from .data import Data, load_data
-from .facts import baselines, describe_run
 from .engines import EngineNews, engine_arguments
 from .facts import baselines, describe_run
 from .finish import write_results
@@ -86,10 +85,10 @@ class Trainer:
         model = LanguageModel(config.model).to(runtime.device)
         model.activation_checkpointing = config.train.activation_checkpointing
         self.engine.check(*model.needs())
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.flops_per_token = model.flops_per_token(config.data.seq_length)
         if model.needs()[0]:
             self.engine.prepare(runtime.device)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops_per_token = model.flops_per_token(config.data.seq_length)
         undecayed = undecayed_names(model)
         self.model = DataParallel(
             model,
@@ -172,25 +171,25 @@ class Trainer:
                 metrics.record(baselines=baselines(self.data))
             for message in (*self.mesh.describe().splitlines(), *self.messages):
                 metrics.message(message)
+            news = EngineNews(self.engine, metrics)
+            news.tell()
             stopped = self.runtime.maximum(self.stop_signal())
             loss: float | None = None
             while self.step < steps and not stopped:
                 stopped = self._one_step(metrics)
-            news = EngineNews(self.engine, metrics)
-            news.tell()
+                if metrics.due(self.step):
+                    news.tell()
                 every = self.config.train.eval_every
                 if not stopped and every and self.step % every == 0 and self.step < steps:
                     loss, stopped = self._evaluate(metrics)
+                every = self.config.metrics.horizon_every
+                if not stopped and every and self.step % every == 0:
+                    self._measure_horizon(metrics)
                 every = self.config.checkpoint.every
-                if metrics.due(self.step):
-                    news.tell()
                 if not stopped and every and self.step % every == 0 and self.step < steps:
                     self._save(metrics, final=False)
             if self.step < steps:
                 self._save(metrics, final=True)
-                every = self.config.metrics.horizon_every
-                if not stopped and every and self.step % every == 0:
-                    self._measure_horizon(metrics)
                 metrics.close(f"stopped by {signal.Signals(stopped).name}")
                 return Outcome(self.step, stopped)
             # Saved before it is judged: an evaluation may take long, and it too may be interrupted.
@@ -243,15 +242,6 @@ class Trainer:
         metrics.log_evaluation(self.step, loss, int(weight))
         return loss, 0
 
-    def _save(self, metrics: Metrics, final: bool) -> None:
-        if not self.config.checkpoint.every or self.checkpoints.last_good == self.folder / f"step_{self.step}":
-            return
-        started = time.perf_counter()
-        facts = {"samples": self.consumed, "fingerprint": self.fingerprint, "world_size": self.runtime.world_size}
-        with metrics.outside("checkpoint"):
-            state = collect(
-                self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device
-            )
     def _measure_horizon(self, metrics: Metrics) -> None:
         held_out = self.data.validation
         stream = held_out[0] if held_out is not None and len(held_out) else self.data.train.stream(0)
@@ -267,6 +257,15 @@ class Trainer:
         if found is not None:
             metrics.log_horizon(self.step, *found)
 
+    def _save(self, metrics: Metrics, final: bool) -> None:
+        if not self.config.checkpoint.every or self.checkpoints.last_good == self.folder / f"step_{self.step}":
+            return
+        started = time.perf_counter()
+        facts = {"samples": self.consumed, "fingerprint": self.fingerprint, "world_size": self.runtime.world_size}
+        with metrics.outside("checkpoint"):
+            state = collect(
+                self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device
+            )
             self._settle(metrics)
             try:
                 self.checkpoints.save(self.step, state, facts, {RESOLVED: to_yaml(self.config)})
