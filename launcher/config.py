@@ -75,10 +75,6 @@ class ParallelConfig:
     """How the tokens of a stream are spread over the processes of a sequence: contiguous, zigzag, striped,
     contiguous_per_document or zigzag_per_document."""
 
-    def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "expert"):
-            size = getattr(self, f"{name}_parallel_size")
-            if size != 1:
     exchange_payload: str = "fp32"
     """In which type summaries of tokens travel: fp32; or bf16, folded in fp32, for half the bytes with exchange all_gather (the
     others pass a running state on, which each process would round)."""
@@ -120,12 +116,20 @@ class ParallelConfig:
     """Shares of layout contiguous, one a process of a sequence, in any unit: [2,1] gives the first process twice the tokens
     of the second; equal if left out."""
 
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "expert"):
+            size = getattr(self, f"{name}_parallel_size")
+            if size != 1:
                 raise UserError(
                     f"parallel.{name}_parallel_size is {size}, but {name} parallelism is not there yet: leave it at 1 "
                     "and use parallel.sequence_parallel_size or parallel.data_parallel_size."
                 )
         _one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
         _one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
+        _one_of("parallel.exchange_payload", self.exchange_payload, PRECISIONS)
+        if self.auto_local_time is not None:
+            _at_least("parallel.auto_local_time", self.auto_local_time, 0)
+        check_engines(self)
         if self.data_parallel_replicate_size != 1 and self.data_parallel_backend != "fsdp":
             raise UserError(
                 f"parallel.data_parallel_replicate_size {self.data_parallel_replicate_size} needs "
@@ -135,10 +139,6 @@ class ParallelConfig:
             raise UserError(
                 f"parallel.parameter_dtype {self.parameter_dtype} needs parallel.data_parallel_backend fsdp, not "
                 f"{self.data_parallel_backend}; for bf16 products under ddp set train.precision to bf16."
-        _one_of("parallel.exchange_payload", self.exchange_payload, PRECISIONS)
-        if self.auto_local_time is not None:
-            _at_least("parallel.auto_local_time", self.auto_local_time, 0)
-        check_engines(self)
             )
 
     def degrees(self, world_size: int) -> Degrees:
