@@ -39,10 +39,12 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     # Imported late: handlers are in place before anything slow.
     import torch
 
+    from longhaul.launcher.memory import keep_freed_memory
     from longhaul.launcher.parsing import parse
     from longhaul.launcher.trainer import Trainer
     from longhaul.parallel.runtime import Runtime
 
+    keep_freed_memory()
     environment = os.environ
     rank = int(environment.get("RANK", "0"))
     world_size = int(environment.get("WORLD_SIZE", "1"))

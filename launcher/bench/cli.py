@@ -10,6 +10,8 @@ from longhaul.models.errors import UserError
 # Benchmark -> module with `main(argv) -> int`, and one line of help.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("longhaul.launcher.bench.step", "a training step beside Hugging Face's, on the same weights"),
+    "mixers": ("longhaul.launcher.bench.mixers", "speed and memory of every mixer's training step beside softmax attention's"),
+    "generation": ("longhaul.launcher.bench.generation", "one token after a long context, every mixer beside softmax attention"),
     "overlap": ("longhaul.launcher.bench.overlap", "how much of a slow wire's delay a step feels"),
     "engines": ("longhaul.launcher.bench.engines", "exchanges and attention engines by length and ranks, and `auto`"),
     "wire": ("longhaul.launcher.bench.wire", "counted bytes beside the operating system's counters"),
@@ -21,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one benchmark."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        lines = [f"  {name:8} {text}" for name, (_, text) in BENCHMARKS.items()]
+        lines = [f"  {name:10} {text}" for name, (_, text) in BENCHMARKS.items()]
         print("\n".join(["usage: longhaul bench NAME [ARGUMENTS]", "", *lines]))
         return 0
     if name not in BENCHMARKS:

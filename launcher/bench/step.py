@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from rich.table import Table
 from longhaul.launcher.metrics.hardware import device_name, versions
 from longhaul.models.errors import UserError
 
+from .child import Child
 from .sides import MODELS, Shape
 
 # fp32 over thousands of tokens: RMS of the difference over RMS of the reference, per tensor; absolute below the floor.
@@ -42,47 +41,13 @@ _ROWS = {
 _NAMES = {"ours": "Longhaul", "hf": "Hugging Face"}
 
 
-class Worker:
+class Worker(Child):
     """A side in its own process, asked line by line."""
 
     def __init__(self, side: str, shape: Shape, threads: int, folder: Path) -> None:
-        spec = {"side": side, "shape": dataclasses.asdict(shape), "threads": threads, "folder": str(folder)}
-        self._errors = (folder / f"{side}.log").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "longhaul.launcher.bench.worker", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
+        spec = {"side": side, "shape": dataclasses.asdict(shape), "folder": str(folder)}
+        super().__init__(_NAMES[side], "longhaul.launcher.bench.worker", spec, threads, folder / f"{side}.log")
         self.side = side
-
-    def ask(self, command: str | None = None) -> dict[str, Any]:
-        """Send a command, if there is one, and wait for the next answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        if command is not None:
-            self._process.stdin.write(command + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            log = self._errors.read().strip()
-            raise RuntimeError(f"the process of {_NAMES[self.side]} ended with code {self._process.wait()}:\n{log}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self._process.kill()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
 
 
 def compare(shape: Shape, peer: str | None, repeats: int, threads: int) -> dict[str, Any]:

@@ -6,15 +6,16 @@ It reads a command a line (`step`, one forward and backward; `memory`; `gradient
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from longhaul.launcher.memory import keep_freed_memory
 from longhaul.launcher.metrics.hardware import peak_resident_gib
 
+from .child import own_output
 from .sides import SIDES, Shape, Side
 
 WEIGHTS = "weights.pt"
@@ -49,9 +50,8 @@ def step(side: Side, tokens: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    # What libraries print goes to standard error: standard output carries the answers alone.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    answers = own_output()
+    keep_freed_memory()  # as in training; both sides alike
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
     shape, folder = Shape(**spec["shape"]), Path(spec["folder"])
