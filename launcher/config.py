@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from longhaul.launcher.data import DataConfig
 from longhaul.launcher.metrics import MetricsConfig
+from longhaul.launcher.planned.config import PlannerConfig, check_planner
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.parallel.data import BACKENDS
@@ -116,7 +117,11 @@ class ParallelConfig:
     """Shares of layout contiguous, one a process of a sequence, in any unit: [2,1] gives the first process twice the tokens
     of the second; equal if left out."""
 
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    """A plan for each step, instead of one sequence-parallel size for all."""
+
     def __post_init__(self) -> None:
+        check_planner(self)
         for name in ("tensor", "pipeline", "expert"):
             size = getattr(self, f"{name}_parallel_size")
             if size != 1:
@@ -327,7 +332,13 @@ class TrainConfig:
         """Every derived number filled in for `world_size` processes; UserError if something does not fit together."""
         degrees = self.parallel.degrees(world_size)
         batch = self.train.global_batch_size or degrees.data
-        if batch % degrees.data:
+        planned = self.parallel.planner.enabled
+        if planned and self.data.carry_state:
+            raise UserError(
+                "data.carry_state needs a stream's documents in order, but parallel.planner runs them as they fit best: leave "
+                "one of the two out."
+            )
+        if batch % degrees.data and not planned:
             raise UserError(
                 f"train.global_batch_size {batch} is not a multiple of the {degrees.data} data-parallel groups: give a "
                 f"multiple of {degrees.data}."

@@ -33,6 +33,7 @@ from .load import RESOLVED
 from .metrics import Metrics, traffic_of
 from .optimizer import learning_rate, make_optimizer, undecayed_names
 from .parsing import to_yaml
+from .planned.setup import planned_stepper
 from .start import claim_folder, find_start, make_folder
 from .state import collect, fingerprint, restore
 from .step import Stepper
@@ -99,17 +100,15 @@ class Trainer:
             ledger=self.ledger,
         )
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)
-        self.stepper = Stepper(
-            self.model,
-            self.engine,
-            runtime,
-            self.optimizer,
-            clip=config.optimizer.clip,
-            precision=config.train.precision,
-            carry_state=config.data.carry_state,
-            stream_tokens=config.train.stream_tokens,
-            stop_signal=stop_signal,
-        )
+        options: dict[str, Any] = {
+            "clip": config.optimizer.clip,
+            "precision": config.train.precision,
+            "carry_state": config.data.carry_state,
+            "stream_tokens": config.train.stream_tokens,
+            "stop_signal": stop_signal,
+        }
+        self.planned = planned_stepper(config, self.data, self.model, self.mesh, self.engine, runtime, self.optimizer, options)
+        self.stepper: Stepper = self.planned or Stepper(self.model, self.engine, runtime, self.optimizer, **options)
         self.checkpoints = Checkpoints(self.folder, runtime, config.checkpoint.keep, config.checkpoint.background)
         self.fingerprint = fingerprint(config, self.data)
         self.step = 0
@@ -143,6 +142,8 @@ class Trainer:
             carried_like=self._state_of_one_token,
         )
         self.step, self.consumed = checkpoint.step, int(checkpoint.facts["samples"])
+        if self.planned is not None and not self.planned.planner.restore(checkpoint.facts.get("planner")):
+            self.messages.append("the checkpoint has no costs learnt for this model and cluster: the planner learns anew")
         if checkpoint.path.resolve().parent == self.folder.resolve():
             self.checkpoints.last_good = self.folder / checkpoint.path.name
         self.messages.append(f"going on from {checkpoint.path}, {self.consumed} samples read")
@@ -207,8 +208,11 @@ class Trainer:
         batch = config.train.global_batch_size
         assert batch is not None, "resolved"
         with metrics.loading():
-            indices = stream_indices(self.consumed, batch, self.mesh.data_rank, self.mesh.degrees.data)
-            streams = [self.data.train.stream(index) for index in indices]
+            if self.planned is not None:
+                streams = self.planned.read(self.consumed)
+            else:
+                indices = stream_indices(self.consumed, batch, self.mesh.data_rank, self.mesh.degrees.data)
+                streams = [self.data.train.stream(index) for index in indices]
         rate = learning_rate(config.optimizer, self.step, config.train.steps)
         result = self.stepper.train(streams, rate)
         if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
@@ -227,6 +231,7 @@ class Trainer:
             grad_norm=result.gradient_norm,
             learning_rate=rate,
             traffic=traffic_of(self.ledger.counts),
+            extra=result.extra,
         )
         return result.stop_signal
 
@@ -262,6 +267,8 @@ class Trainer:
             return
         started = time.perf_counter()
         facts = {"samples": self.consumed, "fingerprint": self.fingerprint, "world_size": self.runtime.world_size}
+        if self.planned is not None:
+            facts["planner"] = self.planned.planner.state()
         with metrics.outside("checkpoint"):
             state = collect(
                 self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device

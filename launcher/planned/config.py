@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from longhaul.models.errors import UserError
 from longhaul.parallel.planner.plan import DEFAULT_BUDGET
+
+if TYPE_CHECKING:
+    from longhaul.launcher.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +43,35 @@ class PlannerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"parallel.planner.{name} is {value}: give 1 or more.")
+
+
+def check_planner(parallel: ParallelConfig) -> None:
+    """Refuse what planned groups cannot be combined with, each with its reason."""
+    if not parallel.planner.enabled:
+        return
+    if parallel.sequence_parallel_size != 1:
+        raise UserError(
+            f"parallel.sequence_parallel_size is {parallel.sequence_parallel_size}, but parallel.planner chooses it for every "
+            "group: leave it out, or leave parallel.planner out."
+        )
+    if parallel.pipeline_parallel_size != 1:
+        raise UserError(
+            f"parallel.pipeline_parallel_size is {parallel.pipeline_parallel_size}: a pipeline passes on micro-batches of one "
+            "size, from one group to the next, and those of parallel.planner differ in size and group; leave one of the two out."
+        )
+    if parallel.tensor_parallel_size != 1:
+        raise UserError(
+            f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size}, which parallel.planner does not serve yet: leave "
+            "one of the two out."
+        )
+    for name, two_levels, instead in (("exchange", "hierarchical", "log_scan"), ("attention", "usp", "ulysses")):
+        if getattr(parallel, name) == two_levels:
+            raise UserError(
+                f"parallel.{name} {two_levels} needs one group inside a node and one across, but groups of parallel.planner "
+                f"change at every micro-batch: use {instead}."
+            )
+    if parallel.layout_shares is not None:
+        raise UserError(
+            "parallel.layout_shares are of one group, but parallel.planner makes many: give the speeds of a "
+            "parallel.planner.cluster file instead."
+        )

@@ -160,12 +160,12 @@ class CostModel:
     def document_time(
         self, lengths: np.ndarray, cluster: Cluster, kind: Kind, layers: tuple[LayerCost, ...]
     ) -> np.ndarray:
-        """Integer microseconds each document adds to a group of this kind. [documents] -> [documents]"""
+        """Integer microseconds, at least one, that each document adds to a group of this kind. [documents] -> [documents]"""
         seconds = np.zeros(len(lengths), np.float64)
         for layer in layers:
             seconds += layer.compute(lengths) * (kind.slowdown / kind.degree)
             seconds += lengths * layer.per_token(cluster, kind.degree, kind.link_speed)
-        return np.rint(seconds / MICROSECOND).astype(np.int64)
+        return np.maximum(np.rint(seconds / MICROSECOND).astype(np.int64), 1)  # tiny models: nothing is free
 
     def group_time(self, cluster: Cluster, kind: Kind, layers: tuple[LayerCost, ...]) -> int:
         """Integer microseconds a group of this kind costs whatever it holds (without the bias)."""
