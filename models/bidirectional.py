@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .heads import Cut, share
 from .norm import RMSNorm
 from .ops.attention import Mask, Piece, attention
 from .ops.rope import rope
@@ -56,6 +57,13 @@ class BidirectionalMixer(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard) -> Tensor:
         """[T, H, K] each -> [T, H, K]."""
         raise NotImplementedError
+
+    def cuts(self) -> dict[str, Cut]:
+        heads = (self.num_heads, self.head_dim)
+        return {"qkv.weight": Cut(0, (heads, heads, heads)), "out.weight": Cut(1, (heads,))}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
 
 
 class BidirectionalAttention(BidirectionalMixer):

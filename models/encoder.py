@@ -9,7 +9,7 @@ Legend: T tokens held here, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ MIXERS: dict[str, Callable[[EncoderConfig], BidirectionalMixer]] = {
 
 
 class EncoderBlock(nn.Module):
-    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`. [T, D] -> [T, D]."""
+    """`x + mixer(norm(x))`, then `x + ffn(norm(x))`. [T', D] -> [T', D], T' as in `Block`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class EncoderBlock(nn.Module):
             nn.init.ones_(norm.weight)
 
     def forward(self, x: Tensor, shard: SequenceShard) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), shard)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + shard.from_heads(self.mixer(shard.to_heads(self.mixer_norm(x)), shard))
+        return x + shard.from_heads(self.ffn(shard.to_heads(self.ffn_norm(x))))
 
 
 class Encoder(nn.Module):
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         nn.init.ones_(self.norm.weight)
 
     def forward(self, tokens: Tensor, shard: SequenceShard) -> Tensor:
-        """int64 [T] -> hidden [T, D]."""
+        """int64 [T] -> hidden [T', D]."""
         x = self.embedding(tokens)
         for layer in self.layers:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
@@ -143,6 +143,12 @@ class Encoder(nn.Module):
     def loss(self, batch: MaskedTokens, shard: SequenceShard) -> tuple[Tensor, Tensor]:
         """Sums over the tokens held here: the masked tokens' negative log likelihood (nats), and their weights."""
         return self.head(self(batch.tokens, shard), batch.labels, batch.weights)
+
+    def sublayers(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in `LanguageModel`."""
+        for index, layer in enumerate(self.layers):
+            for name in ("mixer", "ffn"):
+                yield f"layers.{index}.{name}", getattr(layer, name)
 
 
 class MaskedTokens(NamedTuple):

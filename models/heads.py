@@ -91,6 +91,8 @@ def narrow(layer: nn.Module, part: int, parts: int) -> dict[str, Kept]:
         whole = operator.attrgetter(name)(layer)
         ranges = cut.kept(part, parts)
         assert sum(units * rows for units, rows in cut.runs) == whole.shape[cut.axis], (name, cut, whole.shape)
+        if all(held.sharing > 1 for held in ranges):  # its part of the output would be added up more than once
+            raise UserError(_too_few(cut.runs[0][0], parts))
         kept[name] = Kept(tuple(whole.shape), cut.axis, ranges)
         keep_slices(layer, name, kept[name])
     layer.keep_heads(part, parts)
@@ -115,6 +117,13 @@ def share(count: int, part: int, parts: int) -> tuple[int, int]:
     if count % parts and parts % count:
         raise UserError(_uneven(count, parts))
     return max(1, count // parts), part * count // parts
+
+
+def _too_few(units: int, parts: int) -> str:
+    return (
+        f"parallel.tensor_parallel_size {parts} is more than a layer's {units} heads (or channels): give a size that divides "
+        "them, or a model with more heads."
+    )
 
 
 def _uneven(units: int, parts: int) -> str:

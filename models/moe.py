@@ -7,6 +7,8 @@ Shazeer et al., "Outrageously Large Neural Networks" (arXiv 1701.06538), with Sw
     g = p of the k largest, divided by their sum
     y = sum_e g_e SwiGLU_e(x)  (+ SwiGLU_shared(x))
 
+Which process holds an expert is the business of `MoE.dispatch`; here all are at hand.
+
 Router, experts and outputs are token-local. The balance loss is not: it is defined per document, whatever is packed beside it
 and wherever its tokens lie. For document d of n tokens, as in Switch Transformer (arXiv 2101.03961, eq. 4-6),
 
@@ -24,7 +26,9 @@ Legend: T tokens held here, D model width, E experts, k experts of a token, F in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +37,7 @@ from torch import Tensor, nn
 from .balance import routing_means
 from .errors import UserError
 from .ffn import SwiGLU
+from .heads import Cut
 from .sequence import SequenceShard
 
 
@@ -66,6 +71,38 @@ class MoEConfig:
                 raise UserError(f"moe.{name} cannot be negative, but is {getattr(self, name)}.")
 
 
+class Experts(nn.Module):
+    """Rows sorted by expert -> the same rows through their experts, [R, D] -> [R, D]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """One pair of products an expert; `sizes`: how many of the rows each has."""
+        outputs = []
+        for own, gate_up, down in zip(rows.split(list(sizes)), self.gate_up.unbind(), self.down.unbind()):
+            gate, up = F.linear(own, gate_up.to(rows.dtype)).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, down.to(rows.dtype)))
+        return torch.cat(outputs)
+
+
+class Dispatch(Protocol):
+    """How rows reach experts: rows [R, D] sorted by expert, how many each of all experts has, and the experts held here.
+
+    Returns the rows' outputs in the same order, [R, D].
+    """
+
+    def __call__(self, rows: Tensor, sizes: Sequence[int], experts: Experts) -> Tensor: ...
+
+
+def all_here(rows: Tensor, sizes: Sequence[int], experts: Experts) -> Tensor:
+    """All experts are held here."""
+    output: Tensor = experts(rows, sizes)
+    return output
+
+
 class MoE(nn.Module):
     """[T, D] -> [T, D], and the auxiliary loss of each document of the stream."""
 
@@ -74,14 +111,14 @@ class MoE(nn.Module):
         self.config, self.initializer_range = config, initializer_range
         width = config.expert_hidden_size if config.expert_hidden_size is not None else ffn_width
         self.router = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, hidden_size))
-        self.down = nn.Parameter(torch.empty(config.num_experts, hidden_size, width))
+        self.experts = Experts(config.num_experts, hidden_size, width)
+        self.dispatch: Dispatch = all_here
         shared = config.shared_hidden_size
         self.shared = SwiGLU(hidden_size, shared, initializer_range) if shared else None
 
     def reset_parameters(self) -> None:
         """N(0, initializer_range), as the SwiGLU."""
-        for weight in (self.router, self.gate_up, self.down):
+        for weight in (self.router, self.experts.gate_up, self.experts.down):
             nn.init.normal_(weight, std=self.initializer_range)
         if self.shared is not None:
             self.shared.reset_parameters()
@@ -98,24 +135,20 @@ class MoE(nn.Module):
             probabilities = logits.softmax(-1)
             scores, chosen = probabilities.topk(self.config.top_k, dim=-1)  # [T, k]
             scores = scores / scores.sum(-1, keepdim=True)
-        y = self._experts(x, scores, chosen)
+        y = self._mix(x, scores, chosen)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, self._auxiliary(logits, probabilities, chosen, shard)
 
-    def _experts(self, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        """Every token through its experts: rows sorted by expert (stably), one pair of products an expert."""
+    def _mix(self, x: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Every token through its experts: rows sorted by expert (stably), wherever the experts are."""
         num_tokens, k = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [T k]
         sizes = chosen.flatten().bincount(minlength=self.config.num_experts).tolist()
-        rows = x[order // k].split(sizes)
-        outputs = []
-        for own, gate_up, down in zip(rows, self.gate_up.unbind(), self.down.unbind()):
-            gate, up = F.linear(own, gate_up.to(x.dtype)).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, down.to(x.dtype)))
+        outputs = self.dispatch(x[order // k], sizes, self.experts)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
-        each = torch.cat(outputs)[back].unflatten(0, (num_tokens, k))  # [T k, D] -> [T, k, D], in the tokens' order
+        each = outputs[back].unflatten(0, (num_tokens, k))  # [T k, D] -> [T, k, D], in the tokens' order
         return (each * scores[..., None].to(each.dtype)).sum(1)
 
     def _auxiliary(self, logits: Tensor, probabilities: Tensor, chosen: Tensor, shard: SequenceShard) -> Tensor | None:
@@ -126,8 +159,19 @@ class MoE(nn.Module):
         balance = config.num_experts / config.top_k * (f.detach() * P).sum(1)
         return config.balance_weight * balance + config.z_weight * z[:, 0]
 
+    def cuts(self) -> dict[str, Cut]:
+        """Every expert's inner width. The router is shared: all owners route alike."""
+        width = (self.experts.down.shape[2], 1)
+        cuts = {"experts.gate_up": Cut(1, (width, width)), "experts.down": Cut(2, (width,))}
+        if self.shared is not None:
+            cuts.update({f"shared.{name}": cut for name, cut in self.shared.cuts().items()})
+        return cuts
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        """Nothing to note: widths are the weights'."""
+
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token: the router, k experts and the shared one."""
-        experts = (self.gate_up[0].numel() + self.down[0].numel()) * self.config.top_k
+        experts = (self.experts.gate_up[0].numel() + self.experts.down[0].numel()) * self.config.top_k
         shared = 0 if self.shared is None else self.shared.flops_per_token()
         return 2 * (self.router.numel() + experts) + shared

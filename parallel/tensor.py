@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from longhaul.models.encoder import Encoder
 from longhaul.models.errors import UserError
 from longhaul.models.heads import Kept, Narrowable, Range, keep_slices, narrow
 from longhaul.models.lm import LanguageModel
 
 from .comm import Comm
+from .pieces import local_part
 from .vocabulary import VocabularyParallelEmbedding, VocabularyParallelHead
 
 
@@ -34,14 +34,14 @@ class TensorParallel:
     """A model narrowed, in place, to the heads and the vocabulary of one rank.
 
     Args:
-        model: whole and alike on every rank; before data parallelism shards it.
+        model: whole and alike on every rank, a decoder or an encoder; before data parallelism shards it.
         comm: the tensor group.
 
     Raises:
         UserError: a layer's heads do not divide so.
     """
 
-    def __init__(self, model: LanguageModel, comm: Comm) -> None:
+    def __init__(self, model: LanguageModel | Encoder, comm: Comm) -> None:
         self.model, self.comm = model, comm
         self.kept: dict[str, Kept] = {}
         """What is held of each parameter that is cut, by its name in the model."""
@@ -62,17 +62,21 @@ class TensorParallel:
 
     def _cut_vocabulary(self) -> None:
         model, comm = self.model, self.comm
-        rows, width = model.embedding.weight.shape
+        rows, width = model.config.vocab_size, model.config.hidden_size
         start, stop = comm.rank * rows // comm.size, (comm.rank + 1) * rows // comm.size
         kept = Kept((rows, width), 0, (Range(start, stop, 1, comm.rank),))
-        tied = model.head.weight is model.embedding.weight
-        for module in (model.embedding, model.head):
+        held = [module for module in (model.embedding, model.head) if module is not None]  # of a stage of layers, maybe none
+        tied = len(held) == 2 and model.head.weight is model.embedding.weight
+        for module in held:
             keep_slices(module, "weight", kept)
         if tied:
             model.head.register_parameter("weight", model.embedding.get_parameter("weight"))
-        model.embedding = VocabularyParallelEmbedding(model.embedding.weight, start, comm)  # type: ignore[assignment]
-        model.head = VocabularyParallelHead(model.head.weight, start, comm)  # type: ignore[assignment]
-        self.kept["embedding.weight"] = self.kept["head.weight"] = kept
+        if model.embedding is not None:
+            model.embedding = VocabularyParallelEmbedding(model.embedding.weight, start, comm)  # type: ignore[assignment]
+            self.kept["embedding.weight"] = kept
+        if model.head is not None:
+            model.head = VocabularyParallelHead(model.head.weight, start, comm)  # type: ignore[assignment]
+            self.kept["head.weight"] = kept
 
     def _counted_once(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
         """The output of a layer that every rank runs whole, for a sum over ranks."""
@@ -121,11 +125,8 @@ def local_ranges(tensor: Tensor, kept: Kept | None) -> Iterator[tuple[Tensor, Ra
 
     A DTensor is sharded along its first axis, within what is kept.
     """
-    first = 0
-    local = tensor
-    if isinstance(tensor, DTensor):
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        local, first = tensor.to_local(), offset[0] if offset else 0
+    local, offsets = local_part(tensor)
+    first = offsets[0] if offsets else 0
     if kept is None:
         yield local, None
         return

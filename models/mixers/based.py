@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
 
@@ -110,6 +111,15 @@ class Based(nn.Module):
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last column sums the keys
         sums, S = shard.scan(ScalarDecay(chunk=self.config.chunk), (q, k, v, None), None if state is None else state.S)
         return self.out(self.divide(sums).flatten(1)), BasedState(S)  # [T, H, V] -> [T, D]
+
+    def cuts(self) -> dict[str, Cut]:
+        features, value = (self.num_heads, self.config.feature_dim), (self.num_heads, self.head_dim)
+        return {"qkv.weight": Cut(0, (features, features, value)), "out.weight": Cut(1, (value,))}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        features = self.num_heads * self.config.feature_dim
+        self.widths = features, features, self.num_heads * self.head_dim
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (outer product, add, read-out)."""

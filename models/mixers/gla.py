@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_decay import DiagonalDecay
@@ -125,6 +126,21 @@ class GLA(nn.Module):
         o, S = shard.scan(op, (q * self.key_dim**-0.5, k, v, log_decay), None if state is None else state.S)
         o = self.norm(o) * F.silu(self.gate(x)).unflatten(-1, (self.num_heads, self.value_dim))
         return self.out(o.flatten(1)), GLAState(S)  # [T, H, V] -> [T, D]
+
+    def cuts(self) -> dict[str, Cut]:
+        key, value = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
+        return {
+            "qkv.weight": Cut(0, (key, key, value)),
+            "decay_up.weight": Cut(0, (key,)),
+            "decay_up.bias": Cut(0, (key,)),
+            "gate.weight": Cut(0, (value,)),
+            "out.weight": Cut(1, (value,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        key = self.num_heads * self.key_dim
+        self.widths = key, key, self.num_heads * self.value_dim
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""

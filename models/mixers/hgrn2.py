@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..norm import RMSNorm
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_decay import DiagonalDecay
@@ -124,6 +125,16 @@ class HGRN2(nn.Module):
         inputs = F.silu(q), k.to(q.dtype), v, log_forget
         o, S = shard.scan(op, inputs, None if state is None else state.S)
         return self.out(self.norm(o).flatten(1)), HGRN2State(S)  # [T, H, V] -> [T, D]
+
+    def cuts(self) -> dict[str, Cut]:
+        key, value = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
+        bound = {} if self.lower_bound is None else {"lower_bound": Cut(0, ((self.num_heads, 1),))}
+        return {"qfi.weight": Cut(0, (key, key, value)), "out.weight": Cut(1, (value,)), **bound}
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        key = self.num_heads * self.key_dim
+        self.widths = key, key, self.num_heads * self.value_dim
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""

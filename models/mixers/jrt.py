@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.scalar_decay import ScalarDecay
 from ..ops.segments import Documents
@@ -142,6 +143,19 @@ class JRT(nn.Module):
         totals = shard.document_sum(torch.stack(own))  # [S, H, K, V + 1]
         read = [torch.einsum("thk,hkv->thv", q[a:b].to(wide), total) for (a, b), total in zip(bounds, totals)]
         return torch.cat(read).to(v.dtype)
+
+    def cuts(self) -> dict[str, Cut]:
+        features, value = (self.num_heads, self.config.feature_dim), (self.num_heads, self.head_dim)
+        return {
+            "qkv.weight": Cut(0, (features, features, value)),
+            "kv_prefix.weight": Cut(0, (features, value)),
+            "out.weight": Cut(1, (value,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        features = self.num_heads * self.config.feature_dim
+        self.widths = features, features, self.num_heads * self.head_dim
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token: both sums as recurrences, the prefix's for its share of the document."""

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
@@ -142,6 +143,18 @@ class LongVQ(nn.Module):
         mean = statistics.sums / statistics.counts.clamp_min(1)[..., None]
         moved = codes.lerp(mean.to(codes.dtype), rate)
         self.codebook.copy_(torch.where(statistics.counts[..., None] > 0, moved, codes))
+
+    def cuts(self) -> dict[str, Cut]:
+        heads = (self.num_heads, self.head_dim)
+        return {
+            "qkv.weight": Cut(0, (heads, heads, heads)),
+            "gate.weight": Cut(0, (heads,)),
+            "codebook": Cut(0, ((self.num_heads, 1),)),
+            "out.weight": Cut(1, (heads,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form: products with codes, add a value, read-out."""

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from ..balance import routing_means
 from ..errors import UserError
+from ..heads import Cut, share
 from ..norm import RMSNorm
 from ..ops.convolution import causal_conv
 from ..ops.delta_rule import DeltaRule, delta_inputs
@@ -276,6 +277,29 @@ class MoM(nn.Module):
         _, chosen = choose(probabilities, config.top_k)
         f, P = routing_means(probabilities, chosen, shard)
         return config.balance_weight * config.num_memories / config.top_k * (f.detach() * P).sum(1)
+
+    def cuts(self) -> dict[str, Cut]:
+        """Heads of every memory. The router is shared: all owners of heads route alike."""
+        each, key, value = (self.num_heads, 1), (self.num_heads, self.width_k), (self.num_heads, self.width_v)
+        cuts = {
+            "q.weight": Cut(0, (key,)),
+            "k": Cut(1, (key,)),
+            "v": Cut(1, (value,)),
+            "gate.weight": Cut(0, (value,)),
+            "out.weight": Cut(1, (value,)),
+        }
+        if self.rule.corrects:
+            cuts["beta"] = Cut(1, (each,))
+        if self.rule.decays:
+            cuts.update(decay=Cut(1, (each,)), A_log=Cut(0, (each,)), dt_bias=Cut(0, (each,)))
+        if self.config.convolution == "memory":
+            cuts["conv_weight"] = Cut(0, (key, key, value))
+        return cuts
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        key = self.num_heads * self.width_k
+        self.widths = key, key, self.num_heads * self.width_v
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, each of its memories' recurrence in its recurrent form."""

@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.convolution import causal_conv
 from ..ops.newton import AffineScan
@@ -117,6 +118,7 @@ class ParaRNN(nn.Module):
         self.inner = config.expand * hidden_size
         if self.inner % config.num_heads:
             raise UserError(f"num_heads {config.num_heads} must divide expand * hidden_size = {self.inner}.")
+        self.num_heads, self.owners = config.num_heads, 1
         width = self.inner // config.num_heads
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(self.inner, config.conv_width))
@@ -163,14 +165,23 @@ class ParaRNN(nn.Module):
         x, gate = self.in_proj(x).chunk(2, dim=-1)  # [T, D] -> [T, E] each
         context, conv_state = shard.halo(x, self.config.conv_width - 1, None if state is None else state.conv)
         x = causal_conv(x, context, self.conv_weight, self.conv_bias, shard.segments, activation="silu")
-        heads = x.unflatten(-1, (self.config.num_heads, -1))
+        heads = x.unflatten(-1, (self.num_heads, -1))
         inputs = torch.einsum("thi,ghij->gthj", heads, self.input_weight.to(x.dtype)).flatten(2)  # [3, T, E]
         wide = accumulate_dtype(x.dtype)
         inputs = inputs.to(wide) + self.input_bias.to(wide)[:, None]
         h, final = self.solve(inputs, shard, None if state is None else state.h)
         y = self.output(h).to(gate.dtype) * F.silu(gate)
-        y = F.rms_norm(y, y.shape[-1:], eps=self.norm_eps) * self.norm_weight.to(y.dtype)
-        return self.out_proj(y), ParaRNNState(conv_state, final)
+        return self.out_proj(self.norm(y, shard)), ParaRNNState(conv_state, final)
+
+    def norm(self, y: Tensor, shard: SequenceShard) -> Tensor:
+        """RMSNorm over the whole inner width, of which [T, E] is owned here."""
+        if self.owners == 1:
+            normed = F.rms_norm(y, y.shape[-1:], eps=self.norm_eps)
+        else:
+            wide = y.to(accumulate_dtype(y.dtype))
+            mean = shard.head_sum(wide.square().sum(-1, keepdim=True)) / (self.owners * y.shape[-1])
+            normed = (wide * torch.rsqrt(mean + self.norm_eps)).to(y.dtype)
+        return normed * self.norm_weight.to(y.dtype)
 
     def solve(self, inputs: Tensor, shard: SequenceShard, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The state after each token, and after the stream.
@@ -211,9 +222,26 @@ class ParaRNN(nn.Module):
 
     def mean_square(self, moved: Tensor, shard: SequenceShard) -> float:
         """Over all entries of all tokens of the sequence, wherever they are held: the same number on every rank."""
-        entries = moved[0].numel() if len(moved) else math.prod(moved.shape[1:])
-        total = shard.total(moved.flatten(1).square().sum(1))
+        entries = self.owners * math.prod(moved.shape[1:])
+        total = shard.head_sum(shard.total(moved.flatten(1).square().sum(1)))
         return total.item() / (entries * max(shard.documents.num_tokens, 1))
+
+    def cuts(self) -> dict[str, Cut]:
+        """Heads of the input maps; everything else is a channel's own but the norm."""
+        heads = (self.num_heads, self.inner // self.num_heads)
+        return {
+            "in_proj.weight": Cut(0, (heads, heads)),
+            **{name: Cut(0, (heads,)) for name in ("conv_weight", "conv_bias", "norm_weight")},
+            "input_weight": Cut(1, ((self.num_heads, 1),)),
+            "input_bias": Cut(1, (heads,)),
+            "recurrent": Cut(1, (heads,)),
+            "out_proj.weight": Cut(1, (heads,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        width, self.owners = self.inner // self.num_heads, parts
+        self.num_heads, _ = share(self.num_heads, part, parts)
+        self.inner = self.num_heads * width
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token as the plain cell: weights, and about 10 for each entry of a gate."""

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads import Cut
 from .based import Based, BasedConfig, square_features
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class ReBased(Based):
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.config.feature_dim**-0.25  # on either side: the kernel is (q' . k' / sqrt(F))^2
         return square_features(self.affine(q, 0) * scale), square_features(self.affine(k, 1) * scale)
+
+    def cuts(self) -> dict[str, Cut]:
+        heads = Cut(1, ((self.num_heads, 1),))
+        return {**super().cuts(), "weight": heads, "bias": heads}
 
     @property
     def num_features(self) -> int:

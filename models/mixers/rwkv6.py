@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_decay import DiagonalDecay
 from ..ops.segments import Segments
@@ -151,6 +152,21 @@ class RWKV6(nn.Module):
         """Layer norm over each head's outputs, with a weight and a bias per channel, [T, H, V] -> [T, D]."""
         normed = F.layer_norm(o, o.shape[-1:], eps=self.config.group_norm_eps).flatten(1)
         return normed * self.norm_weight.to(o.dtype) + self.norm_bias.to(o.dtype)
+
+    def cuts(self) -> dict[str, Cut]:
+        """All but what mixes the input's channels with those of the token before, which heads share."""
+        heads = (self.num_heads, self.head_dim)
+        names = ("receptance", "key", "value", "gate", "decay_up")
+        vectors = ("decay_up.bias", "norm_weight", "norm_bias")
+        return {
+            **{f"{name}.weight": Cut(0, (heads,)) for name in names},
+            **{name: Cut(0, (heads,)) for name in vectors},
+            "bonus": Cut(0, ((self.num_heads, 1),)),
+            "out.weight": Cut(1, (heads,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.convolution import causal_conv
 from ..ops.delta_rule import DeltaRule
 from ..sequence import SequenceShard
@@ -178,6 +179,21 @@ class RWKV7(nn.Module):
         """Layer norm of each head, [T, H, V]."""
         weight, bias = (self.by_head(parameter).to(o.dtype) for parameter in (self.norm_weight, self.norm_bias))
         return F.layer_norm(o, o.shape[-1:], eps=self.norm_eps) * weight + bias
+
+    def cuts(self) -> dict[str, Cut]:
+        """All but the token shift and the maps into low ranks, which heads share."""
+        heads = (self.num_heads, self.head_dim)
+        names = ("r", "k", "v", "decay_up", "rate_up", "gate_up")
+        vectors = ("decay_up.bias", "rate_up.bias", "k_k", "k_a", "norm_weight", "norm_bias")
+        return {
+            **{f"{name}.weight": Cut(0, (heads,)) for name in names},
+            **{name: Cut(0, (heads,)) for name in vectors},
+            "r_k": Cut(0, ((self.num_heads, 1),)),
+            "out.weight": Cut(1, (heads,)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_heads, _ = share(self.num_heads, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, read, two writes, read-out)."""

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_ssm import DiagonalSSM
 from ..ops.diagonal_ssm.hippo import hippo_normal, zero_order_hold
@@ -88,7 +89,8 @@ class S4D(nn.Module):
 
     def __init__(self, hidden_size: int, config: S4DConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hidden_size = config, hidden_size
+        self.num_channels, self.first_channel = hidden_size, 0  # of the channels owned here, the first among all
         shape = (hidden_size, config.state_size // 2)
         self.log_dt = nn.Parameter(torch.empty(hidden_size))
         self.log_A_real = nn.Parameter(torch.empty(shape))
@@ -122,9 +124,29 @@ class S4D(nn.Module):
 
     def forward(self, x: Tensor, shard: SequenceShard, state: S4DState | None = None) -> tuple[Tensor, S4DState]:
         before = None if state is None or state.S is None else torch.view_as_complex(state.S)
+        x = x.narrow(-1, self.first_channel, self.num_channels)
         y, S = shard.scan(DiagonalSSM(self.config.chunk), (x, *self.constants()), before)
         y = F.gelu(torch.addcmul(y, x, self.D.to(x.dtype)))
-        return F.glu(self.out(y), dim=-1), S4DState(None if S is None else torch.view_as_real(S))
+        y = F.glu(self.out(shard.head_sum(self.placed(y))), dim=-1)  # every output reads all channels
+        return self.placed(y), S4DState(None if S is None else torch.view_as_real(S))
+
+    def placed(self, y: Tensor) -> Tensor:
+        """The channels owned here among all of them, zero elsewhere, for a sum over owners; [T, owned] -> [T, D]."""
+        if self.num_channels == self.hidden_size:
+            return y
+        return F.pad(y, (self.first_channel, self.hidden_size - self.first_channel - self.num_channels))
+
+    def cuts(self) -> dict[str, Cut]:
+        channels = (self.num_channels, 1)
+        names = ("log_dt", "log_A_real", "A_imag", "C", "D")
+        return {
+            **{name: Cut(0, (channels,)) for name in names},
+            "out.weight": Cut(0, (channels, channels)),
+            "out.bias": Cut(0, (channels, channels)),
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_channels, self.first_channel = share(self.num_channels, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (complex multiply 6, add 2, real read-out 4)."""

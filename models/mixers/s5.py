@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..heads import Cut, share
 from ..ops.affine import accumulate_dtype
 from ..ops.diagonal_ssm import DiagonalSSM
 from ..ops.diagonal_ssm.hippo import hippo_normal, zero_order_hold
@@ -78,6 +79,7 @@ class S5(nn.Module):
         super().__init__()
         self.config, self.hidden_size = config, hidden_size
         self.num_states = config.state_size // 2
+        self.num_gates, self.first_gate = hidden_size, 0  # of the gated channels owned here, the first among all
         self.log_dt = nn.Parameter(torch.empty(self.num_states))
         self.log_A_real = nn.Parameter(torch.empty(self.num_states))
         self.A_imag = nn.Parameter(torch.empty(self.num_states))
@@ -120,9 +122,24 @@ class S5(nn.Module):
         inputs = (torch.view_as_complex(Bu), log_decay[:, None], torch.ones_like(log_decay)[:, None])
         h, S = shard.scan(DiagonalSSM(self.config.chunk), inputs, before)
         C = 2 * torch.stack([self.C[..., 0], -self.C[..., 1]], dim=-1).flatten(1)  # 2 Re(C h), [D, 2 K]
-        y = F.linear(torch.view_as_real(h).flatten(1).to(x.dtype), C.to(x.dtype))
+        y = shard.head_sum(F.linear(torch.view_as_real(h).flatten(1).to(x.dtype), C.to(x.dtype)))  # over all states
         y = F.gelu(torch.addcmul(y, x, self.D.to(x.dtype)))
-        return y * self.gate(y).sigmoid(), S5State(None if S is None else torch.view_as_real(S[:, 0]))
+        gated = y.narrow(-1, self.first_gate, self.num_gates) * self.gate(y).sigmoid()
+        y = F.pad(gated, (self.first_gate, self.hidden_size - self.first_gate - self.num_gates))  # owners' sum is whole
+        return y, S5State(None if S is None else torch.view_as_real(S[:, 0]))
+
+    def cuts(self) -> dict[str, Cut]:
+        states, gates = (self.num_states, 1), Cut(0, ((self.num_gates, 1),))
+        return {
+            **{name: Cut(0, (states,)) for name in ("log_dt", "log_A_real", "A_imag", "B")},
+            "C": Cut(1, (states,)),
+            "gate.weight": gates,
+            "gate.bias": gates,
+        }
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        self.num_states, _ = share(self.num_states, part, parts)
+        self.num_gates, self.first_gate = share(self.num_gates, part, parts)
 
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (complex multiply 6, add 2)."""

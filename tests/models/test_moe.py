@@ -52,7 +52,7 @@ def oracle(layer: MoE, x: Tensor, bounds: tuple[int, ...]) -> tuple[Tensor, Tens
     chosen = [token.argsort(descending=True)[: config.top_k].tolist() for token in p]
     for token, own, scores in zip(x, chosen, p):
         y = sum(
-            scores[e] / scores[own].sum() * (layer.down[e] @ swiglu(layer.gate_up[e] @ token)) for e in own
+            scores[e] / scores[own].sum() * (layer.experts.down[e] @ swiglu(layer.experts.gate_up[e] @ token)) for e in own
         )
         outputs.append(y if layer.shared is None else y + layer.shared(token))
     aux = []
@@ -194,7 +194,7 @@ def test_experts_that_no_token_chose_get_no_gradient(generator: torch.Generator)
     layer = layer_of(MoEConfig(num_experts=6, top_k=2))
     x = torch.randn(1, WIDTH, generator=generator)
     layer(x, WholeSequence(Documents((0, 1))))[0].sum().backward()
-    touched = (layer.gate_up.grad.abs().amax((1, 2)) > 0).sum()
+    touched = (layer.experts.gate_up.grad.abs().amax((1, 2)) > 0).sum()
     assert touched == 2
 
 
@@ -226,7 +226,7 @@ def exactness(rank: int, world_size: int, num_tokens: int) -> dict[str, tuple[fl
 @pytest.mark.parametrize("world_size", (1, 2, 3, 4))
 def test_ranks_equal_one_process(world_size: int) -> None:
     for rank, worst in enumerate(run_ranks(exactness, world_size, num_tokens=37, timeout=120)):
-        assert {"output", "input gradient", "gradient of layer.router", "gradient of layer.down"} <= set(worst)
+        assert {"output", "input gradient", "gradient of layer.router", "gradient of layer.experts.down"} <= set(worst)
         for tensor, (value, where) in worst.items():
             assert value <= TOLERANCE[torch.float64], f"rank {rank}, {tensor}: error {value:.1e} at {where}"
 
