@@ -40,7 +40,7 @@ class ParallelConfig:
     """Groups of processes that read different streams; what the other degrees leave over if left out."""
 
     tensor_parallel_size: int = 1
-    """Processes that share each matrix; only 1 yet."""
+    """Processes that share the heads of each layer and the vocabulary; neighbours, best inside a machine."""
 
     pipeline_parallel_size: int = 1
     """Processes that share the layers; only 1 yet."""
@@ -122,7 +122,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_planner(self)
-        for name in ("tensor", "pipeline", "expert"):
+        for name in ("pipeline", "expert"):
             size = getattr(self, f"{name}_parallel_size")
             if size != 1:
                 raise UserError(
@@ -347,6 +347,11 @@ class TrainConfig:
             raise UserError(
                 f"data.carry_state needs data_parallel_size 1, not {degrees.data}: a stream goes on in the next one, "
                 "which another group reads at the same time; use parallel.sequence_parallel_size instead."
+            )
+        if self.data.carry_state and degrees.tensor > 1:
+            raise UserError(
+                f"data.carry_state needs tensor_parallel_size 1, not {degrees.tensor}: the states of a process's heads alone "
+                "could not be resumed elsewhere; use parallel.sequence_parallel_size instead."
             )
         return replace(
             self,

@@ -4,12 +4,14 @@
     optimizer.<name>.<key>      the optimizer's state of each parameter
     carried.<i>                 states carried between streams, if they are
     rng.<rank>                  generators of each process
+
+Names and shapes are those of the whole model. What a process holds of a tensor are pieces of it (`parallel/pieces.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,31 +19,45 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from longhaul.models.errors import UserError
+from longhaul.models.heads import Kept
 from longhaul.parallel.checkpoint import Checkpoint, load, tensor_shapes
+from longhaul.parallel.pieces import as_pieces, whole_shape
 
 from .config import TrainConfig
 from .data import Data
 
+Cuts = Callable[[str], Sequence[Kept]]
+"""How the model's parameter or buffer of a name is cut."""
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+
+def _whole(name: str) -> Sequence[Kept]:
+    return ()
+
+
+def model_tensors(model: nn.Module, cuts: Cuts = _whole) -> dict[str, Tensor]:
     """Parameters and buffers that belong into a checkpoint; a shared one under each of its names."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {f"model.{name}": as_pieces(tensor, cuts(name)) for name, tensor in model.state_dict().items()}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state under the names of the parameters."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, cuts: Cuts = _whole) -> dict[str, Tensor]:
+    """The optimizer's state under the names of the parameters. What has a parameter's shape is cut like it."""
     return {
-        f"optimizer.{name}.{key}": value
+        f"optimizer.{name}.{key}": as_pieces(value, cuts(name)) if value.shape == parameter.shape else value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def collect(
-    model: nn.Module, optimizer: torch.optim.Optimizer, carried: Any, rank: int, device: torch.device
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: Any,
+    rank: int,
+    device: torch.device,
+    cuts: Cuts = _whole,
 ) -> dict[str, Tensor]:
     """All tensors of a checkpoint."""
-    state = {**model_tensors(model), **optimizer_tensors(model, optimizer), f"rng.{rank}": torch.get_rng_state()}
+    state = {**model_tensors(model, cuts), **optimizer_tensors(model, optimizer, cuts), f"rng.{rank}": torch.get_rng_state()}
     if device.type == "cuda":
         state[f"rng_cuda.{rank}"] = torch.cuda.get_rng_state(device)
     tensors = [leaf for leaf in tree_flatten(carried)[0] if isinstance(leaf, Tensor)]
@@ -56,6 +72,7 @@ def restore(
     rank: int,
     device: torch.device,
     carried_like: Callable[[], Any],
+    cuts: Cuts = _whole,
 ) -> Any:
     """Fill model, optimizer and generators from a checkpoint of any topology; returns the carried states.
 
@@ -63,13 +80,14 @@ def restore(
         carried_like: makes carried states of any size, for their structure; called only if there are some.
     """
     shapes = tensor_shapes(checkpoint)
-    state = model_tensors(model)
+    state = model_tensors(model, cuts)
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
+        whole = whole_shape(parameter.shape, cuts(name))
         for key, (shape, dtype) in ((k, v) for k, v in shapes.items() if k.startswith(prefix)):
-            like = torch.zeros_like(parameter) if shape == parameter.shape and shape else torch.zeros(shape, dtype=dtype)
+            like = torch.zeros_like(parameter) if shape == whole and shape else torch.zeros(shape, dtype=dtype)
             optimizer.state[parameter][key[len(prefix) :]] = like
-    state.update(optimizer_tensors(model, optimizer))
+    state.update(optimizer_tensors(model, optimizer, cuts))
     generators = [f"rng.{rank}"] + ([f"rng_cuda.{rank}"] if device.type == "cuda" else [])
     carried = [f"carried.{index}" for index in range(sum(name.startswith("carried.") for name in shapes))]
     for name in (*generators, *carried):

@@ -21,6 +21,7 @@ from longhaul.parallel.data import DataParallel
 from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
 from longhaul.parallel.mesh import ParallelMesh
 from longhaul.parallel.runtime import Runtime
+from longhaul.parallel.tensor import TensorParallel
 
 from .batches import stream_indices
 from .config import TrainConfig
@@ -75,6 +76,7 @@ class Trainer:
         self.engine = SequenceParallel(
             Comm(self.mesh.sequence_group, self.ledger),
             **engine_arguments(config.parallel),
+            tensor=Comm(self.mesh.tensor_group, self.ledger),
             levels=self._levels(),
         )
         if config.model.vocab_size < self.data.tokenizer.vocab_size:
@@ -91,6 +93,7 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = model.flops_per_token(config.data.seq_length)
         undecayed = undecayed_names(model)
+        tensor = TensorParallel(model, Comm(self.mesh.tensor_group, self.ledger))
         self.model = DataParallel(
             model,
             self.mesh,
@@ -98,6 +101,7 @@ class Trainer:
             blocks=tuple(model.layers),
             parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
             ledger=self.ledger,
+            tensor=tensor,
         )
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)
         options: dict[str, Any] = {
@@ -140,6 +144,7 @@ class Trainer:
             self.runtime.rank,
             self.runtime.device,
             carried_like=self._state_of_one_token,
+            cuts=self.model.cuts,
         )
         self.step, self.consumed = checkpoint.step, int(checkpoint.facts["samples"])
         if self.planned is not None and not self.planned.planner.restore(checkpoint.facts.get("planner")):
@@ -271,7 +276,12 @@ class Trainer:
             facts["planner"] = self.planned.planner.state()
         with metrics.outside("checkpoint"):
             state = collect(
-                self.model.model, self.optimizer, self.stepper.state, self.runtime.rank, self.runtime.device
+                self.model.model,
+                self.optimizer,
+                self.stepper.state,
+                self.runtime.rank,
+                self.runtime.device,
+                self.model.cuts,
             )
             self._settle(metrics)
             try:

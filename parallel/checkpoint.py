@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from longhaul.models.errors import UserError
 
+from .pieces import Pieces
 from .runtime import Runtime
 
 FACTS = "checkpoint.json"
@@ -149,7 +150,8 @@ class Checkpoints:
 
         Args:
             step: steps done; names the checkpoint.
-            state: tensors by name; a name's tensor is alike on every process that has it, or a DTensor.
+            state: tensors by name; a name's tensor is alike on every process that has it, or a DTensor, or `Pieces` of a
+                whole one. A process may lack names.
             facts: what JSON can hold; from the main process.
             texts: small files to lie beside the tensors, by name; from the main process.
 
@@ -250,7 +252,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], together: bool = True
 
     Args:
         checkpoint: a complete one.
-        state: tensors by name; DTensors get their shard.
+        state: tensors by name; DTensors get their shard, `Pieces` their rectangles.
         together: every process of the job calls this; False: this process alone reads whole tensors.
 
     Raises:
@@ -298,6 +300,8 @@ def _clear(folder: Path) -> None:
 
 def _copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU that training does not touch; of a DTensor, of the shard held here."""
+    if isinstance(tensor, Pieces):
+        return tensor.copied()
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         local = tensor.to_local().to("cpu", copy=True)

@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from longhaul.models.heads import Kept
+
 from .comm import Comm, Ledger
 from .mesh import ParallelMesh
 from .tensor import TensorParallel
@@ -123,6 +125,11 @@ class DataParallel:
         """Add a number of this process's streams over all streams of the step; alike in a sequence group."""
         total = self._data_comm.all_reduce(torch.tensor(value, dtype=torch.float64, device=device), "step weight").wait()
         return float(total)
+
+    def cuts(self, name: str) -> tuple[Kept, ...]:
+        """How a parameter or buffer of this name was cut before fsdp shards it; for checkpoints."""
+        kept = self.tensor.kept.get(name)
+        return () if kept is None else (kept,)
 
     def finish_gradients(self) -> None:
         """What is left to sum after the backward of a step's last micro-batch; before gradients are read."""
