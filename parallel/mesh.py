@@ -112,6 +112,8 @@ class ParallelMesh:
         """Reads different streams."""
         self.tensor_group: dist.ProcessGroup | None = None
         """Holds the same tokens, with other heads."""
+        self.pipeline_group: dist.ProcessGroup | None = None
+        """Holds the same tokens of the same streams, with other layers."""
         self.gradient_group: dist.ProcessGroup | None = None
         """The group of `gradient_mesh`."""
         self._blocks: dict[tuple[int, int], dist.ProcessGroup | None] = {}
@@ -130,6 +132,8 @@ class ParallelMesh:
             self.data_group = self.device_mesh.get_group("data")
         if self.degrees.tensor > 1:
             self.tensor_group = self.device_mesh.get_group("tensor")
+        if self.degrees.pipeline > 1:
+            self.pipeline_group = self.device_mesh.get_group("pipeline")
         if self.degrees.sequence > 1 and self.degrees.data > 1:
             self.gradient_mesh = self.device_mesh["data", "sequence"]._flatten("gradient")
         elif self.degrees.sequence > 1 or self.degrees.data > 1:

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: processes that hold different layers of a model."""
