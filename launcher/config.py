@@ -9,6 +9,7 @@ from longhaul.launcher.metrics import MetricsConfig
 from longhaul.launcher.planned.config import PlannerConfig, check_planner
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
+from longhaul.models.ops.recompute import MODES as CHECKPOINTING
 from longhaul.parallel.data import BACKENDS
 from longhaul.parallel.mesh import Degrees
 
@@ -19,7 +20,6 @@ SCHEMA_VERSION = 1
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "wsd", "constant")
 PRECISIONS = ("fp32", "bf16")
-RECOMPUTE = ("none", "full")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -228,7 +228,11 @@ class TrainingConfig:
     """`fp32`, or `bf16`: products in bfloat16 by autocast, weights and sums in float32."""
 
     activation_checkpointing: str = "none"
-    """`none` keeps activations; `full` recomputes each layer in the backward, and sends nothing again."""
+    """`none` keeps activations; `full` recomputes each layer in the backward, and sends nothing again; `selective` keeps
+    the results of scans, attentions and products with weights, and recomputes the rest (docs/memory.md)."""
+
+    activation_offload: bool = False
+    """What is kept for the backward waits in the host's memory, on a GPU."""
 
     stream_tokens: int | None = None
     """Run each stream in chunks of so many tokens and keep only the states at their borders: for streams longer than memory,
@@ -261,7 +265,7 @@ class TrainingConfig:
         if self.stream_tokens is not None:
             _at_least("train.stream_tokens", self.stream_tokens, 1)
         _one_of("train.precision", self.precision, PRECISIONS)
-        _one_of("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
+        _one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
 
 

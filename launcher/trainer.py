@@ -87,6 +87,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
         model = LanguageModel(config.model).to(runtime.device)
         model.activation_checkpointing = config.train.activation_checkpointing
+        model.activation_offload = config.train.activation_offload
         self.engine.check(*model.needs())
         if model.needs()[0]:
             self.engine.prepare(runtime.device)

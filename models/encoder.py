@@ -109,7 +109,7 @@ class Encoder(nn.Module):
     """Tokens, some of them masked, to hidden states or to the loss of guessing them.
 
     Attributes:
-        activation_checkpointing: "none", or "full": every block is recomputed in the backward, sending nothing.
+        activation_checkpointing, activation_offload: as in `LanguageModel`.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -121,6 +121,7 @@ class Encoder(nn.Module):
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
         self.head.register_parameter("weight", self.embedding.get_parameter("weight"))
         self.activation_checkpointing = "none"
+        self.activation_offload = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,10 +135,7 @@ class Encoder(nn.Module):
         """int64 [T] -> hidden [T', D]."""
         x = self.embedding(tokens)
         for layer in self.layers:
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x = recompute.checkpoint(layer, x, shard)
-            else:
-                x = layer(x, shard)
+            x = recompute.checkpoint(layer, x, shard, mode=self.activation_checkpointing, offload=self.activation_offload)
         return self.norm(x)
 
     def loss(self, batch: MaskedTokens, shard: SequenceShard) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,9 @@ class LanguageModel(nn.Module):
     """A decoder over one packed stream.
 
     Attributes:
-        activation_checkpointing: "none", or "full": every block is recomputed in the backward, sending nothing.
+        activation_checkpointing: what of a block is recomputed in the backward, sending nothing: "none", "full", or
+            "selective", which keeps what is dear (models/ops/recompute.py).
+        activation_offload: what is kept for the backward waits in the host's memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -70,6 +72,7 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             self.head.register_parameter("weight", self.embedding.get_parameter("weight"))
         self.activation_checkpointing = "none"
+        self.activation_offload = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,10 +110,9 @@ class LanguageModel(nn.Module):
         memory: tuple[Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                out = recompute.checkpoint(layer, x, shard, before, memory)
-            else:
-                out = layer(x, shard, before, memory)
+            out = recompute.checkpoint(
+                layer, x, shard, before, memory, mode=self.activation_checkpointing, offload=self.activation_offload
+            )
             x = out.x
             states.append(out.state)
             if out.aux is not None:

@@ -244,16 +244,19 @@ class _Scan(torch.autograd.Function):
     def _forward(
         ctx: Any, op: Recurrence, segments: Segments, carry: Carry, want_end: bool, initial: Tensor | None, x: Inputs
     ) -> tuple[Tensor, Tensor | None]:
-        summary = op.summarize(x, segments)
-        pending: Pending = recompute.begin(lambda: carry.start(summary.maps, initial, False, want_end))
-        carry.mark("local start")
-        out = op.local(x, segments, summary)
-        carry.mark("local end")
-        S_in, S_end = pending.wait()
-        out = op.correct(out, x, segments, summary, S_in)
-        ctx.op, ctx.segments, ctx.carry, ctx.linear = op, segments, carry, summary.maps.linear
+        def compute() -> tuple[Tensor, Tensor, Tensor | None, Saved, Linear]:
+            summary = op.summarize(x, segments)
+            pending: Pending = recompute.begin(lambda: carry.start(summary.maps, initial, False, want_end))
+            carry.mark("local start")
+            out = op.local(x, segments, summary)
+            carry.mark("local end")
+            S_in, S_end = pending.wait()
+            return op.correct(out, x, segments, summary, S_in), S_in, S_end, summary.saved, summary.maps.linear
+
+        out, S_in, S_end, saved, linear = recompute.dear(compute)
+        ctx.op, ctx.segments, ctx.carry, ctx.linear = op, segments, carry, linear
         ctx.has_initial, ctx.num_x = initial is not None, len(x)
-        ctx.save_for_backward(*x, *summary.saved, S_in, out if op.needs_out else None)
+        ctx.save_for_backward(*x, *saved, S_in, out if op.needs_out else None)
         return out, S_end if want_end else None
 
     @staticmethod

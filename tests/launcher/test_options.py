@@ -35,12 +35,22 @@ def test_bf16_computes_products_in_bf16(folder: Path) -> None:
     assert any(not torch.equal(exact[name], rough[name]) for name in exact)
 
 
-def test_recomputation_changes_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("mode, offload", [("full", False), ("selective", True)])
+def test_recomputation_changes_nothing(mode: str, offload: bool, folder: Path) -> None:
     loss, exact = trained(folder, "kept")
-    again, recomputed = trained(folder, "recomputed", train={"activation_checkpointing": "full"})
+    options = {"activation_checkpointing": mode, "activation_offload": offload}
+    again, recomputed = trained(folder, "recomputed", train=options)
     assert again == pytest.approx(loss, rel=1e-6)
     for name in exact:
         torch.testing.assert_close(recomputed[name], exact[name])
+
+
+def test_what_a_machine_cannot_do_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"train\.precision fp8 needs a GPU"):
+        Trainer(tiny(folder, train={"precision": "fp8"}), Runtime(device="cpu"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"train\.compile needs a C\+\+ compiler"):
+        Trainer(tiny(folder, train={"compile": True}), Runtime(device="cpu"))
 
 
 def test_seeds_give_other_weights(folder: Path) -> None:

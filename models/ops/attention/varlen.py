@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from longhaul.models.ops import recompute
+
 from . import chunk, flash
 from .mask import Piece, binding_window, simple_blocks, trim
 
@@ -233,8 +235,11 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = attend_varlen(q, k, v, pieces, scale, window)
-        out = out.to(q.dtype)
+        def compute() -> tuple[Tensor, Tensor]:
+            out, lse = attend_varlen(q, k, v, pieces, scale, window)
+            return out.to(q.dtype), lse
+
+        out, lse = recompute.dear(compute)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = pieces, scale, window  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(lse)
