@@ -225,7 +225,11 @@ class TrainingConfig:
     """Seed of the initial weights."""
 
     precision: str = "fp32"
-    """`fp32`, or `bf16`: products in bfloat16 by autocast, weights and sums in float32."""
+    """`fp32`; `bf16`: products in bfloat16 by autocast, weights and sums in float32; `fp8`: as bf16, and wide linear layers
+    multiply in 8-bit floats, on GPUs that can and with torchao."""
+
+    compile: bool = False
+    """Compile feed-forward layers and norms with torch.compile, at the first step; needs a C++ compiler (CPU) or triton (GPU)."""
 
     activation_checkpointing: str = "none"
     """`none` keeps activations; `full` recomputes each layer in the backward, and sends nothing again; `selective` keeps
@@ -264,7 +268,7 @@ class TrainingConfig:
             _at_least("train.global_batch_size", self.global_batch_size, 1)
         if self.stream_tokens is not None:
             _at_least("train.stream_tokens", self.stream_tokens, 1)
-        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.precision", self.precision, (*PRECISIONS, "fp8"))
         _one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
 

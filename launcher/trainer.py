@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from longhaul.models.compiled import check_compiler, compile_token_local
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
+from longhaul.models.low_precision import check_fp8, convert_to_fp8
 from longhaul.models.ops.segments import Documents
 from longhaul.parallel.checkpoint import Checkpoints, SaveError
 from longhaul.parallel.comm import Comm, Ledger
@@ -86,6 +88,12 @@ class Trainer:
             )
         torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
         model = LanguageModel(config.model).to(runtime.device)
+        if config.train.precision == "fp8":
+            check_fp8(runtime.device)
+            convert_to_fp8(model)
+        if config.train.compile:
+            check_compiler(runtime.device)
+            compile_token_local(model)
         model.activation_checkpointing = config.train.activation_checkpointing
         model.activation_offload = config.train.activation_offload
         self.engine.check(*model.needs())
@@ -107,7 +115,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)
         options: dict[str, Any] = {
             "clip": config.optimizer.clip,
-            "precision": config.train.precision,
+            "precision": "fp32" if config.train.precision == "fp32" else "bf16",
             "carry_state": config.data.carry_state,
             "stream_tokens": config.train.stream_tokens,
             "stop_signal": stop_signal,
