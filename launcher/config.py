@@ -335,6 +335,12 @@ class TrainConfig:
                 f"schema_version is {self.schema_version}, but this version of Longhaul reads {SCHEMA_VERSION}: see "
                 "CHANGELOG.md for what changed, mend the file and set schema_version."
             )
+        if self.model.prefix_length and self.data.prefix_length != self.model.prefix_length:
+            raise UserError(
+                f"model.linear_mixer {self.model.linear_mixer} reads a prefix of {self.model.prefix_length} tokens both ways, so "
+                f"that asking for the next token inside it asks for what is seen, but data.prefix_length is "
+                f"{self.data.prefix_length}: set it to {self.model.prefix_length}."
+            )
 
     def resolve(self, world_size: int) -> TrainConfig:
         """Every derived number filled in for `world_size` processes; UserError if something does not fit together."""

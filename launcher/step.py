@@ -125,6 +125,7 @@ class Stepper:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.after_step()
         total = self.runtime.sum([loss.item()])[0]
         signal = self.runtime.maximum(self.stop_signal())
         return StepResult(total * scale, norm.item(), weight, signal)

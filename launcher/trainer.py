@@ -81,10 +81,11 @@ class Trainer:
             tensor=Comm(self.mesh.tensor_group, self.ledger),
             levels=self._levels(),
         )
-        if config.model.vocab_size < self.data.tokenizer.vocab_size:
+        if config.model.vocab_size < self.data.vocab_size:
+            masks = " and one for the masks of data.prefix_length" if config.data.prefix_length else ""
             raise UserError(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
-                f"{self.data.tokenizer.vocab_size}: raise it to at least that, best a multiple of 8."
+                f"{self.data.tokenizer.vocab_size}{masks}: raise it to at least {self.data.vocab_size}, best a multiple of 8."
             )
         torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
         model = LanguageModel(config.model).to(runtime.device)

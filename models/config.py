@@ -195,6 +195,13 @@ class ModelConfig:
         return (self.pattern * self.num_layers)[: self.num_layers]
 
     @property
+    def prefix_length(self) -> int:
+        """Leading tokens of a document that all of it reads, later ones too; 0 in a causal model."""
+        if self.linear_mixer not in PREFIX_MIXERS or "L" not in self.layers:
+            return 0
+        return int(getattr(self, self.linear_mixer).prefix_length)
+
+    @property
     def ffn_width(self) -> int:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size

@@ -131,6 +131,14 @@ class DataParallel:
         kept = self.tensor.kept.get(name)
         return () if kept is None else (kept,)
 
+    def after_step(self) -> None:
+        """What modules noted in a step, summed over its streams, goes back to them: a module may learn otherwise than by
+        gradients (`observed() -> Tensor | None`, `after_step(total)`). After the optimizer's step, on every process."""
+        for module in self.model.modules():
+            noted: Any = module.observed() if hasattr(module, "after_step") else None  # type: ignore[operator]
+            if noted is not None:
+                module.after_step(self._gradient_comm.all_reduce(noted, "after step").wait())  # type: ignore[operator]
+
     def finish_gradients(self) -> None:
         """What is left to sum after the backward of a step's last micro-batch; before gradients are read."""
         self.tensor.sum_shared_gradients()

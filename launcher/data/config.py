@@ -44,6 +44,19 @@ class DataConfig:
     carry_state: bool = False
     """A document continued from the stream before starts from the state it ended with, not from a fresh one."""
 
+    repeat_context: int = 0
+    """The first so many tokens of every document are said twice, and are no targets the second time (JRT-Prompt)."""
+
+    prefix_length: int = 0
+    """JRT's loss: the first so many tokens of every document are learnt by restoring masked ones, the others as the next token.
+    What a stream begins with is a document then, also if its start is in the stream before. 0: next tokens everywhere."""
+
+    mask_rate: float = 0.15
+    """Share of a prefix's tokens that are masked."""
+
+    mask_weight: float = 0.25
+    """What the masked tokens of a prefix count together, times its tokens; a token behind the prefix counts 1."""
+
     def __post_init__(self) -> None:
         if isinstance(self.paths, str):
             raise UserError(f"data.paths must be a list, not the string {self.paths!r}: write [{self.paths!r}].")
@@ -67,3 +80,19 @@ class DataConfig:
             raise UserError(f"data.seed is {self.seed}: give 0 or a positive number.")
         if self.on_bad_document not in ON_BAD_DOCUMENT:
             raise UserError(f"data.on_bad_document is {self.on_bad_document!r}: give error or skip.")
+        if self.repeat_context < 0:
+            raise UserError(f"data.repeat_context is {self.repeat_context}: give 0 (nothing is repeated) or more tokens.")
+        if not 0 <= self.prefix_length < self.seq_length:
+            raise UserError(
+                f"data.prefix_length is {self.prefix_length}: give 0 or more, and less than data.seq_length "
+                f"{self.seq_length}, so that there are tokens behind it."
+            )
+        if not 0 < self.mask_rate <= 1:
+            raise UserError(f"data.mask_rate is {self.mask_rate}: give a share of the tokens, above 0 and at most 1.")
+        if not 0 <= self.mask_weight < float("inf"):
+            raise UserError(f"data.mask_weight is {self.mask_weight}: give 0 or more.")
+        if self.prefix_length and self.carry_state:
+            raise UserError(
+                f"data.prefix_length {self.prefix_length} cannot be had with data.carry_state: a prefix is read as a whole, so "
+                "every stream begins anew; leave one of the two out."
+            )

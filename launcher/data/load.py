@@ -9,6 +9,7 @@ from .corpus import Corpus, open_corpus
 from .packing import PackedStreams, ValidationStreams
 from .split import split_corpus
 from .tokenizer import Tokenizer, open_tokenizer
+from .two_part import TwoPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,8 @@ class Data:
     train: PackedStreams
     validation: ValidationStreams | None
     """None if nothing is held out."""
+    vocab_size: int
+    """Ids that occur in streams: the tokenizer's, and one for a masked token if some are."""
 
 
 def load_data(config: DataConfig) -> Data:
@@ -38,12 +41,27 @@ def load_data(config: DataConfig) -> Data:
         cache_dir=config.cache_dir,
     )
     train, held_out = split_corpus(corpus, config.validation_fraction, config.seed)
+    objective, repeat = _objective(config, tokenizer), config.repeat_context
+    validation = None
+    if held_out is not None:
+        validation = ValidationStreams(held_out, config.seq_length, config.validation_tokens, repeat, objective)
     return Data(
         tokenizer=tokenizer,
         train_corpus=train,
         held_out_corpus=held_out,
-        train=PackedStreams(train, config.seq_length, config.seed),
-        validation=None
-        if held_out is None
-        else ValidationStreams(held_out, config.seq_length, config.validation_tokens),
+        train=PackedStreams(train, config.seq_length, config.seed, repeat, objective),
+        validation=validation,
+        vocab_size=tokenizer.vocab_size + (objective is not None),
+    )
+
+
+def _objective(config: DataConfig, tokenizer: Tokenizer) -> TwoPart | None:
+    if not config.prefix_length:
+        return None
+    return TwoPart(
+        prefix_length=config.prefix_length,
+        mask_id=tokenizer.vocab_size,
+        rate=config.mask_rate,
+        weight=config.mask_weight,
+        seed=config.seed,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -29,11 +29,27 @@ class Stream:
     labels: torch.Tensor
     """int64 [T]: the next token of the same document, also if that is in the next stream; 0 at its last one."""
     weights: torch.Tensor
-    """float32 [T]: 1 where there is a next token, 0 at the last token of a document."""
+    """float32 [T]: 1 where there is a next token, 0 at the last token of a document and where the next one is repeated.
+    An objective may have made other labels and weights of these."""
     bounds: tuple[int, ...]
     """Document `d` owns tokens `bounds[d] .. bounds[d+1]`; the first is 0 and the last is `T`."""
     first_position: int
     """Tokens of the first document that are in earlier streams."""
+
+
+class Objective(Protocol):
+    """What a stream asks of a model, if not the next token everywhere."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly when the same is asked."""
+        ...
+
+    def training(self, stream: Stream, index: int) -> Stream:
+        """Sample `index` as it is trained on; the same whenever it is read."""
+        ...
+
+    def held_out(self, stream: Stream) -> Stream: ...
 
 
 class _Row:
@@ -42,12 +58,14 @@ class _Row:
     Args:
         corpus: the documents.
         order: int64 [D], their order.
+        repeat: the first so many tokens of every document (its end not among them) stand there twice.
     """
 
-    def __init__(self, corpus: Corpus, order: np.ndarray) -> None:
+    def __init__(self, corpus: Corpus, order: np.ndarray, repeat: int = 0) -> None:
         self._tokens = corpus.tokens
         self._starts = corpus.starts[order]
-        self._lengths = corpus.lengths[order]
+        self._twice = repeated_tokens(corpus.lengths[order], repeat)
+        self._lengths = corpus.lengths[order] + self._twice
         assert len(order) and self._lengths.min() > 0
         self._ends = np.cumsum(self._lengths)
         self.num_tokens = int(self._ends[-1])
@@ -59,15 +77,16 @@ class _Row:
         ends = self._ends[first : last + 1]  # [D] -> documents of this cut
         row_starts = ends - self._lengths[first : last + 1]
         pieces = np.minimum(ends, end) - np.maximum(row_starts, begin)
-        # A token's place in the corpus is its place in the row, moved by its document's own distance.
-        place = np.repeat(self._starts[first : last + 1] - row_starts, pieces) + np.arange(begin, end)
+        position = np.arange(begin, end) - np.repeat(row_starts, pieces)
+        start, twice = (np.repeat(of_documents[first : last + 1], pieces) for of_documents in (self._starts, self._twice))
+        place = start + position - twice * (position >= twice)
+        position += 1  # of the next token
+        following = start + position - twice * (position >= twice)
         final = ends[ends <= end] - 1 - begin  # last tokens of documents
-        weights = np.ones(end - begin, dtype=np.float32)
-        weights[final] = 0
-        tokens = self._tokens[place].astype(np.int64)
-        following = place + 1
         following[final] = place[final]  # stays inside the array; overwritten below
-        labels = self._tokens[following].astype(np.int64)
+        tokens, labels = (self._tokens[places].astype(np.int64) for places in (place, following))
+        weights = ((position < twice) | (position >= 2 * twice)).astype(np.float32)
+        weights[final] = 0
         labels[final] = 0
         return tokens, labels, weights, pieces, begin - int(row_starts[0])
 
@@ -83,6 +102,11 @@ def _stream(cuts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
     )
 
 
+def repeated_tokens(lengths: np.ndarray, repeat: int) -> np.ndarray:
+    """How many leading tokens of documents of these lengths are said twice, int64 [D]; never the token that ends one."""
+    return np.minimum(lengths - 1, repeat)
+
+
 class PackedStreams:
     """Endless streams of exactly `seq_length` tokens; nothing is dropped, padded or repeated within an epoch.
 
@@ -92,15 +116,25 @@ class PackedStreams:
         corpus: documents to train on.
         seq_length: `T`.
         seed: of the order of documents; each epoch has another order.
+        repeat: the first so many tokens of every document are said twice.
+        objective: what a stream asks for; the next token everywhere if left out.
     """
 
-    def __init__(self, corpus: Corpus, seq_length: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, seq_length: int, seed: int, repeat: int = 0, objective: Objective | None = None
+    ) -> None:
         self._corpus = corpus
         self._seed = seed
+        self._repeat = repeat
+        self._objective = objective
         self._rows: tuple[tuple[int, _Row], ...] = ()
         self.seq_length = seq_length
-        self.tokens_per_epoch = corpus.num_tokens
+        self.tokens_per_epoch = corpus.num_tokens + int(repeated_tokens(corpus.lengths, repeat).sum())
         facts = f"{corpus.fingerprint} {seq_length} {seed}"
+        if repeat:
+            facts += f" repeat {repeat}"
+        if objective is not None:
+            facts += f" {objective.fingerprint}"
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:32]
         """Equal exactly when every sample is equal: a resumed run compares it before it trusts a sample count."""
 
@@ -115,7 +149,8 @@ class PackedStreams:
             taken = min(end - begin, self.tokens_per_epoch - offset)
             cuts.append(self._row(epoch).cut(offset, offset + taken))
             begin += taken
-        return _stream(cuts)
+        stream = _stream(cuts)
+        return stream if self._objective is None else self._objective.training(stream, index)
 
     def epochs(self, samples: int) -> float:
         """Epochs that the first `samples` samples make."""
@@ -125,7 +160,7 @@ class PackedStreams:
         for known, row in self._rows:
             if known == epoch:
                 return row
-        row = _Row(self._corpus, shuffled(len(self._corpus), self._seed, epoch))
+        row = _Row(self._corpus, shuffled(len(self._corpus), self._seed, epoch), self._repeat)
         # Two are kept, because a stream on the seam of two epochs reads both. Replaced as a whole: threads may read.
         self._rows = ((epoch, row), *self._rows[:1])
         return row
@@ -149,10 +184,19 @@ class ValidationStreams(Sequence[Stream]):
         corpus: held-out documents.
         seq_length: `T` of every stream but the last.
         limit: use only that many tokens; by default all.
+        repeat, objective: as of `PackedStreams`.
     """
 
-    def __init__(self, corpus: Corpus, seq_length: int, limit: int | None = None) -> None:
-        self._row = _Row(corpus, np.arange(len(corpus)))
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_length: int,
+        limit: int | None = None,
+        repeat: int = 0,
+        objective: Objective | None = None,
+    ) -> None:
+        self._row = _Row(corpus, np.arange(len(corpus)), repeat)
+        self._objective = objective
         self.seq_length = seq_length
         self.num_tokens = self._row.num_tokens if limit is None else min(limit, self._row.num_tokens)
 
@@ -169,7 +213,8 @@ class ValidationStreams(Sequence[Stream]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"stream {index} of {len(self)}")
         begin = index % len(self) * self.seq_length
-        return _stream([self._row.cut(begin, min(begin + self.seq_length, self.num_tokens))])
+        stream = _stream([self._row.cut(begin, min(begin + self.seq_length, self.num_tokens))])
+        return stream if self._objective is None else self._objective.held_out(stream)
 
 
 def validation_streams(corpus: Corpus, seq_length: int, limit: int | None = None) -> Iterator[Stream]:

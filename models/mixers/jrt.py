@@ -20,6 +20,9 @@ change the model. In streams that continue or are continued the prefix's total i
 
 What the reference leaves open: no norm and no gate, as in Based; matrices start Xavier-uniform with gain 2 ** -2.5.
 
+Its loss and its repeated contexts are options of the data (`data.prefix_length`, `data.repeat_context`): labels and weights
+belong to whole streams, before these are spread over ranks.
+
 Legend: T tokens held here, S segments held here, D model width, H heads, V = D / H, F feature dimension, K columns of the map.
 """
 
@@ -199,10 +202,11 @@ def two_part_targets(
     tokens: Tensor,
     documents: Documents,
     prefix_length: int,
-    mask_id: int,
+    mask_id: int | None,
     rate: float = 0.15,
     weight: float = 0.25,
-    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+    following: tuple[Tensor, Tensor] | None = None,
 ) -> Targets:
     """JRT's training objective as tokens, labels and weights of a whole stream, before it is spread over ranks.
 
@@ -213,19 +217,27 @@ def two_part_targets(
 
     Args:
         tokens: int64 [T].
+        mask_id: None masks nothing: what is left is the decoder's part, for evaluation.
         rate: the share of masked tokens; at least one a prefix that has a token to mask.
+        draws: in each prefix the tokens with the largest are masked, [T]; from the global generator if left out.
+        following: labels and weights of the next token, [T] each, where the caller knows more than `tokens` says (the last
+            document may go on after the stream); the next token of the same document, weight 1, if left out.
     """
     if not 0.0 < rate <= 1.0:
         raise UserError(f"The share of masked tokens must lie in (0, 1], but is {rate}.")
     if documents.first_position:
         raise UserError(f"A prefix needs its document's start, but the stream begins at position {documents.first_position}.")
-    shown, labels, weights = tokens.clone(), tokens.roll(-1), torch.zeros(tokens.shape)
-    draws = torch.rand(tokens.shape, generator=generator)
+    if following is None:
+        ones = torch.ones(tokens.shape)
+        ones[[stop - 1 for stop in documents.bounds[1:]]] = 0.0
+        following = tokens.roll(-1), ones
+    shown, labels, weights = tokens.clone(), following[0].clone(), torch.zeros(tokens.shape)
+    draws = torch.rand(tokens.shape) if draws is None else draws
     for start, stop in zip(documents.bounds, documents.bounds[1:]):
         inside = min(prefix_length, stop - start)
         speaks = max(start + inside - 1, start) if inside < stop - start else stop  # from here on the next token is asked for
-        weights[speaks : stop - 1] = 1.0
-        if speaks > start and inside:
+        weights[speaks:stop] = following[1][speaks:stop]
+        if speaks > start and mask_id is not None:
             count = max(1, round(rate * (speaks - start)))
             masked = start + draws[start:speaks].topk(count).indices
             shown[masked], labels[masked] = mask_id, tokens[masked]

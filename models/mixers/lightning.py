@@ -5,7 +5,7 @@ that do not agree; none is "the" one, so they go by name:
 
     name        log decay of head h = 0 .. H - 1 in layer l = 0 .. L - 1      source
     alibi       -2 ** (-8 (h + 1) / H), the same in every layer               Linear-MoE (ALiBi slopes)
-    minimax     the alibi slope times (1 - l / (L - 1) + 1e-5)                Hugging Face MiniMax
+    minimax     the alibi slope times (1 - l / (L - 1 + 1e-5) + 1e-5)         Hugging Face MiniMax
     linear      -(8 / H) (1 - l / L) h: head 0 never forgets                  flash-linear-attention
 
 For H not a power of two, ALiBi takes the slopes of the power of two below and every other slope of the one above.
@@ -62,7 +62,7 @@ def lightning_log_decay(slopes: str, num_heads: int, layer: int, num_layers: int
         return -(8 / num_heads) * (1 - layer / num_layers) * torch.arange(num_heads, dtype=torch.float64)
     decay = -torch.tensor(alibi_slopes(num_heads), dtype=torch.float64)
     if slopes == "minimax":
-        decay = decay * (1 - layer / max(1, num_layers - 1) + 1e-5)
+        decay = decay * (1 - layer / (num_layers - 1 + 1e-5) + 1e-5)
     return decay
 
 

@@ -17,11 +17,12 @@ What we chose. Queries, keys and codes are divided by their root mean square and
 leaves [-2 sqrt(K), 0] and a code that was never used cannot underflow the denominator. Gradients: queries and codes get that
 of the weights w; the one-hot choice passes straight through to softmax(sharpness k . C / sqrt(K)), which trains keys and codes
 to be chosen by the values they should be summed with (the papers train keys within a local window and by a commitment loss; a
-window is left to the pattern's softmax layers, and there is no loss besides the model's). The exponential moving average of
-the papers' codebooks is `statistics`, the same on every rank, and `update_codebook`, for use between steps: a forward writes
-nothing, because it may be run twice (recomputation) or several times before a backward (pipelines). LongVQ's structured
-memory before the quantisation (an EMA or state-space layer) is a layer of the pattern here, not a part of this one. Output
-gate and initialisation (Xavier-uniform, gain 2 ** -2.5) are those of our linear attention; codes start as unit normals.
+window is left to the pattern's softmax layers, and there is no loss besides the model's). With `ema_rate` the codebook is, as
+published, no parameter but a moving average: after each optimizer step a code moves towards the mean of the keys that chose it
+in that step, over all its streams (`after_step`). What was chosen is counted in the *backward*, which runs once a micro-batch,
+while a forward may run twice (recomputation). LongVQ's structured memory before the quantisation (an EMA or state-space layer)
+is a layer of the pattern here, not a part of this one. Output gate and initialisation (Xavier-uniform, gain 2 ** -2.5) are
+those of our linear attention; codes start as unit normals.
 
 Legend: T tokens held here, D model width, H heads, K = V = D / H, N codes of a head.
 """
@@ -29,7 +30,7 @@ Legend: T tokens held here, D model width, H heads, K = V = D / H, N codes of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,17 @@ class LongVQConfig:
     sharpness: float = 4.0
     """Of the soft choice of a code whose gradient stands in for the hard one's."""
 
+    ema_rate: float = 0.0
+    """How far a code moves, in a step, to the mean of its keys (0.01 is usual); 0: codes are parameters, learnt by gradients."""
+
     chunk: int = 64
     """Tokens of an inner chunk."""
 
     def __post_init__(self) -> None:
         if self.num_codes < 1 or self.sharpness <= 0:
             raise UserError(f"num_codes {self.num_codes} is at least 1, and sharpness {self.sharpness} must be positive.")
+        if not 0 <= self.ema_rate <= 1:
+            raise UserError(f"longvq.ema_rate must lie between 0 (codes learn by gradients) and 1, but is {self.ema_rate}.")
 
 
 class LongVQState(NamedTuple):
@@ -69,24 +75,41 @@ class LongVQState(NamedTuple):
     S: Tensor | None
 
 
-class CodeStatistics(NamedTuple):
-    """Over a whole stream, the same on every rank: tokens of each code, [H, N], and the sum of their keys, [H, N, K]."""
+class _Counted(torch.autograd.Function):
+    """The identity; its backward tells the layer what the forward's tokens chose."""
 
-    counts: Tensor
-    sums: Tensor
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, chosen: Tensor, layer: LongVQ) -> Tensor:
+        ctx.chosen, ctx.layer = chosen, layer
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, None, None]:
+        before = ctx.layer.observed()
+        assert before is not None
+        ctx.layer.chosen = before + ctx.chosen
+        return do, None, None
 
 
 class LongVQ(nn.Module):
     """[T, D] -> [T, D]."""
+
+    codebook: Tensor
 
     def __init__(self, hidden_size: int, num_heads: int, config: LongVQConfig, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.config, self.norm_eps = num_heads, hidden_size // num_heads, config, norm_eps
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.codebook = nn.Parameter(torch.empty(num_heads, config.num_codes, self.head_dim))
+        codes = torch.empty(num_heads, config.num_codes, self.head_dim)
+        if config.ema_rate:
+            self.register_buffer("codebook", codes)
+        else:
+            self.codebook = nn.Parameter(codes)
+            self.codebook.no_weight_decay = True  # type: ignore[attr-defined]
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.codebook.no_weight_decay = True  # type: ignore[attr-defined]
+        self.chosen: Tensor | None = None
+        """What the backwards since the last step counted: of each code the sum of its keys and their number, [H, N, K + 1]."""
 
     @classmethod
     def build(cls, model: ModelConfig, layer: int) -> LongVQ:
@@ -122,27 +145,36 @@ class LongVQ(nn.Module):
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(weights.dtype)  # the last column counts
         op = ScalarDecay(chunk=self.config.chunk)
-        sums, S = shard.scan(op, (weights, self.choose(k), v, None), None if state is None else state.S)
+        one_hot = self.choose(k)
+        sums, S = shard.scan(op, (weights, one_hot, v, None), None if state is None else state.S)
         o = (sums[..., :-1] / sums[..., -1:]).to(x.dtype).flatten(1)  # [T, H, V] -> [T, D]
+        if self.config.ema_rate and self.training and torch.is_grad_enabled():
+            o = _Counted.apply(o, self.count(k.detach(), one_hot.detach()), self)
         return self.out(o * F.silu(self.gate(x))), LongVQState(S)
 
-    @torch.no_grad()
-    def statistics(self, x: Tensor, shard: SequenceShard) -> CodeStatistics:
-        """What `update_codebook` wants to know of a stream, of which `x` [T, D] is held here."""
-        k = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))[:, 1]
-        chosen, k = self.choose(k), self.normalised(k)
-        ones = torch.cat([k, torch.ones_like(k[..., :1])], dim=-1)
-        own = torch.einsum("thn,thk->hnk", chosen, ones)[None]  # one row to be summed over ranks, [1, H, N, K + 1]
-        total = shard.total(own)
-        return CodeStatistics(total[..., -1], total[..., :-1])
+    def count(self, k: Tensor, one_hot: Tensor) -> Tensor:
+        """Of each code the sum of its keys, and how many they are: [T, H, K], [T, H, N] -> [H, N, K + 1]."""
+        with torch.autocast(k.device.type, enabled=False):  # bfloat16 counts to 256
+            k = self.normalised(k)
+            rows = torch.cat([k, torch.ones_like(k[..., :1])], dim=-1)
+            return torch.einsum("thn,thk->hnk", one_hot.to(rows.dtype), rows)
+
+    def observed(self) -> Tensor | None:
+        """What `after_step` wants summed over all streams of a step, [H, N, K + 1]; None if codes learn by gradients."""
+        if not self.config.ema_rate:
+            return None
+        if self.chosen is None:
+            wide = accumulate_dtype(self.codebook.dtype)
+            return self.codebook.new_zeros(*self.codebook.shape[:2], self.head_dim + 1, dtype=wide)
+        return self.chosen
 
     @torch.no_grad()
-    def update_codebook(self, statistics: CodeStatistics, rate: float = 0.01) -> None:
-        """Move each code that has tokens by `rate` towards the mean of their keys, as an exponential moving average does."""
-        codes = self.normalised(self.codebook)
-        mean = statistics.sums / statistics.counts.clamp_min(1)[..., None]
-        moved = codes.lerp(mean.to(codes.dtype), rate)
-        self.codebook.copy_(torch.where(statistics.counts[..., None] > 0, moved, codes))
+    def after_step(self, observed: Tensor) -> None:
+        """Move each code that was chosen to the mean of its keys, by `ema_rate` of the way; [H, N, K + 1], of all streams."""
+        self.chosen = None
+        counts, codes = observed[..., -1:], self.normalised(self.codebook)
+        moved = codes.lerp((observed[..., :-1] / counts.clamp_min(1)).to(codes.dtype), self.config.ema_rate)
+        self.codebook.copy_(torch.where(counts > 0, moved, codes))
 
     def cuts(self) -> dict[str, Cut]:
         heads = (self.num_heads, self.head_dim)

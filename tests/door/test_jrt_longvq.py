@@ -229,40 +229,65 @@ def test_every_parameter_of_quantised_attention_learns(generator: torch.Generato
     assert module.codebook.grad.abs().max() > 1e-3
 
 
-def moving_average(rank: int, world_size: int, num_tokens: int) -> torch.Tensor:
-    comm, module = Comm(dist.group.WORLD), make_module("longvq")
+def moving_average(rank: int, world_size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What all ranks' tokens chose in one backward, and the codebook after it."""
+    comm, module = Comm(dist.group.WORLD), averaging()
     lengths = rank_lengths(num_tokens, world_size)["uneven"]
     layout = SequenceLayout.contiguous(num_tokens, world_size, lengths)
-    x = torch.randn(num_tokens, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    own = torch.cat([x[a:b] for a, b in layout.parts[rank]])
+    own = torch.cat([keys_of()[0][a:b] for a, b in layout.parts[rank]])
     shard = make_shard(comm, "all_gather", layout, Documents((0, num_tokens)), False)
-    module.update_codebook(module.statistics(own, shard), rate=0.5)
-    return module.codebook.detach()
+    module(own, shard)[0].sum().backward()
+    observed = comm.all_reduce(module.observed(), "test").wait()
+    module.after_step(observed)
+    return observed, module.codebook
 
 
-def test_the_codebooks_average_is_the_same_everywhere() -> None:
-    """And it lowers the distance of keys to their codes, by a step of k-means."""
-    module, shard = make_module("longvq"), WholeSequence(Documents((0, 60)))
+def averaging() -> LongVQ:
+    """The layer whose codebook is a moving average, of the same values."""
+    learnt, config = make_module("longvq"), dataclasses.replace(CONFIG.longvq, ema_rate=0.5)
+    module = LongVQ(WIDTH, HEADS, config).double().train()
+    module.load_state_dict(learnt.state_dict())
+    return module
+
+
+def keys_of() -> tuple[torch.Tensor, torch.Tensor]:
+    """60 tokens, and their keys in that layer."""
+    module = averaging()
     x = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    k = module.normalised(module.qkv(x).unflatten(-1, (3, HEADS, -1))[:, 1])
-
-    def distance() -> float:
-        codes = module.normalised(module.codebook)
-        return (k[:, :, None] - codes).square().sum(-1).amin(-1).mean().item()
-
-    statistics = module.statistics(x, shard)
-    assert_close(statistics.counts.sum(1), torch.full((HEADS,), 60.0, dtype=torch.float64), "tokens")
-    before = distance()
-    module.update_codebook(statistics, rate=0.5)
-    assert distance() < before
-    for codebook in run_ranks(moving_average, 3, num_tokens=60, timeout=60):
-        assert_close(codebook, module.codebook.detach(), "codebook")
+    return x, module.normalised(module.qkv(x).unflatten(-1, (3, HEADS, -1))[:, 1]).detach()
 
 
-def test_two_part_targets(generator: torch.Generator) -> None:
+def test_the_codebooks_average_is_a_step_of_k_means() -> None:
+    module, shard = averaging(), WholeSequence(Documents((0, 60)))
+    x, k = keys_of()
+
+    def distances() -> torch.Tensor:
+        return (k[:, :, None] - module.normalised(module.codebook)).square().sum(-1)  # [T, H, N]
+
+    before, chosen = distances(), distances().argmin(-1)
+    with torch.no_grad():
+        module(x, shard)
+    module.eval()(x, shard)[0].sum().backward()
+    assert module.observed().abs().max() == 0, "only training counts"
+    module.train()(x, shard)[0].sum().backward()
+    codes, observed = module.normalised(module.codebook), module.observed()
+    module.after_step(observed)
+    assert module.chosen is None and distances().amin(-1).mean() < before.amin(-1).mean()
+    for head in range(HEADS):
+        for code in range(6):
+            own = k[chosen[:, head] == code, head]
+            assert observed[head, code, -1] == len(own)
+            expected = codes[head, code] if not len(own) else 0.5 * codes[head, code] + 0.5 * own.mean(0)
+            assert_close(module.codebook[head, code], expected, f"code {code} of head {head}")
+    for rank_observed, codebook in run_ranks(moving_average, 3, num_tokens=60, timeout=60):
+        assert_close(rank_observed, observed, "observed")
+        assert_close(codebook, module.codebook, "codebook")
+
+
+def test_two_part_targets() -> None:
     documents = Documents((0, 20, 24, 25, 40))
     tokens = torch.arange(40) % 20
-    targets = two_part_targets(tokens, documents, PREFIX, mask_id=23, rate=0.4, generator=generator)
+    targets = two_part_targets(tokens, documents, PREFIX, mask_id=23, rate=0.4)
     masked = targets.tokens != tokens
     assert (targets.tokens[masked] == 23).all() and (targets.labels[masked] == tokens[masked]).all()
     for start, stop in zip(documents.bounds, documents.bounds[1:]):
@@ -282,7 +307,7 @@ def test_two_part_loss_is_the_papers(generator: torch.Generator) -> None:
     model = LanguageModel(dataclasses.replace(CONFIG, linear_mixer="jrt")).double()
     documents = Documents((0, 2 * PREFIX))
     tokens = torch.randint(0, 23, (2 * PREFIX,), generator=generator)
-    shown, labels, weights = two_part_targets(tokens, documents, PREFIX, mask_id=23, rate=0.3, generator=generator)
+    shown, labels, weights = two_part_targets(tokens, documents, PREFIX, mask_id=23, rate=0.3)
     out = model(shown, WholeSequence(documents), labels=labels, weights=weights)
     hidden, _ = model(shown, WholeSequence(documents))
     nll = torch.nn.functional.cross_entropy(model.logits(hidden), labels, reduction="none")
@@ -309,6 +334,7 @@ def test_repeat_context() -> None:
         (lambda: JRTConfig(feature_map="exp"), "feature_map"),
         (lambda: JRTConfig(prefix_length=-1), "prefix_length"),
         (lambda: LongVQConfig(num_codes=0), "num_codes"),
+        (lambda: LongVQConfig(ema_rate=1.5), "ema_rate"),
         (lambda: repeat_context(torch.tensor([1]), 2), "repeat"),
         (lambda: two_part_targets(torch.tensor([1]), Documents((0, 1), 3), 2, 0), "begins at position 3"),
         (lambda: two_part_targets(torch.tensor([1]), Documents((0, 1)), 2, 0, rate=0.0), "masked"),
