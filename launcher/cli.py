@@ -14,7 +14,7 @@ from longhaul.models.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("longhaul.launcher.train", "train a model from a configuration"),
     "generate": ("longhaul.launcher.generate", "continue a text with a trained model"),
-    "evaluate": ("longhaul.launcher.evaluate", "measure what a trained model can do on held-out documents"),
+    "evaluate": ("longhaul.launcher.evaluate", "measure what models can do: a run, or small ones on synthetic tasks"),
     "report": ("longhaul.launcher.report", "write the one-page report of a run"),
     "bench": ("longhaul.launcher.bench", "measure steps, memory and communication"),
     "verify": ("longhaul.launcher.verify", "prove that N ranks equal one, on this machine"),

@@ -1,4 +1,4 @@
-"""What a trained model can do, measured on held-out documents: `longhaul evaluate NAME RUN_FOLDER`."""
+"""What models can do: `longhaul evaluate NAME` measures a run on held-out documents, or trains small models itself."""
 
 from .cli import main
 
