@@ -335,6 +335,11 @@ class TrainConfig:
                 f"schema_version is {self.schema_version}, but this version of Longhaul reads {SCHEMA_VERSION}: see "
                 "CHANGELOG.md for what changed, mend the file and set schema_version."
             )
+        if self.metrics.horizon_every and self.parallel.pipeline_parallel_size > 1:
+            raise UserError(
+                f"metrics.horizon_every {self.metrics.horizon_every} runs the whole model on one process's layers, but "
+                f"parallel.pipeline_parallel_size is {self.parallel.pipeline_parallel_size}: leave one of the two out."
+            )
         if self.model.prefix_length and self.data.prefix_length != self.model.prefix_length:
             raise UserError(
                 f"model.linear_mixer {self.model.linear_mixer} reads a prefix of {self.model.prefix_length} tokens both ways, so "
