@@ -119,8 +119,8 @@ class S4D(nn.Module):
         """Log decay and read-out of the recurrence, complex [D, K] each."""
         dtype = accumulate_dtype(self.log_dt.dtype)
         A = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
-        log_decay = self.log_dt.to(dtype).exp()[:, None] * A
-        return log_decay, 2 * torch.view_as_complex(self.C.to(dtype)) * zero_order_hold(log_decay, A)
+        dt = self.log_dt.to(dtype).exp()[:, None]
+        return dt * A, 2 * torch.view_as_complex(self.C.to(dtype)) * zero_order_hold(dt * A, dt)
 
     def forward(self, x: Tensor, shard: SequenceShard, state: S4DState | None = None) -> tuple[Tensor, S4DState]:
         before = None if state is None or state.S is None else torch.view_as_complex(state.S)

@@ -114,8 +114,9 @@ class S5(nn.Module):
     def forward(self, x: Tensor, shard: SequenceShard, state: S5State | None = None) -> tuple[Tensor, S5State]:
         dtype = accumulate_dtype(self.B.dtype)
         A = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
-        log_decay = self.log_dt.to(dtype).exp() * A
-        B = torch.view_as_complex(self.B.to(dtype)) * zero_order_hold(log_decay, A)[:, None]
+        dt = self.log_dt.to(dtype).exp()
+        log_decay = dt * A
+        B = torch.view_as_complex(self.B.to(dtype)) * zero_order_hold(log_decay, dt)[:, None]
         B = torch.view_as_real(B).transpose(1, 2).flatten(0, 1)  # [K, D] -> [2 K, D]
         Bu = F.linear(x, B.to(x.dtype)).to(dtype).unflatten(-1, (-1, 2))  # [T, D] -> [T, K, 2]
         before = None if state is None or state.S is None else torch.view_as_complex(state.S)[:, None]

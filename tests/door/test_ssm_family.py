@@ -176,11 +176,19 @@ def test_initial_frequencies() -> None:
 
 
 def test_zero_order_hold_of_a_slow_state_keeps_its_digits() -> None:
-    A = torch.tensor([-0.5 + 0.3j, -0.5 + 40j, -1e-9 + 1e-9j], dtype=torch.complex128)
-    wide = ((A * 1e-3).exp() - 1) / A
-    wide[2] = 1e-3
-    narrow = A.to(torch.complex64)
-    assert_close(zero_order_hold(narrow * 1e-3, narrow), wide.to(torch.complex64), "B-bar", tolerance=1e-6)
+    """Its gradient with respect to A too, which is dt^2 / 2 where dt A is small."""
+    dt = 1e-3
+    A = torch.tensor([-0.5 + 0.3j, -0.5 + 40j, -1e-9 + 1e-9j, -0.5 + 4000j], dtype=torch.complex128)
+    wide, slope = ((A * dt).exp() - 1) / A, (dt * A * (A * dt).exp() - (A * dt).exp() + 1) / A.square()
+    wide[2], slope[2] = dt, dt**2 / 2
+    for dtype, tolerance in ((torch.complex64, 1e-6), (torch.complex128, 1e-9)):
+        given = A.to(dtype).requires_grad_()
+        found = zero_order_hold(given * dt, torch.tensor(dt, dtype=dtype.to_real()))
+        found.backward(torch.ones_like(found))
+        assert given.grad is not None
+        for each in range(len(A)):  # one by one: the slopes differ by orders of magnitude
+            assert_close(found[each] / dt, wide[each] / dt, f"B-bar {each}", tolerance=tolerance)
+            assert_close(given.grad[each].conj() / dt**2, slope[each] / dt**2, f"slope {each}", tolerance=tolerance)
 
 
 @pytest.mark.parametrize("bad", (lambda: S4DConfig(state_size=5), lambda: S4DConfig(init="fout"), lambda: S5Config(blocks=3)))

@@ -8,8 +8,12 @@ what S4D-LegS and S5 start from; of each pair one is held.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+_TERMS = 19  # 1 / 20! is below the rounding of float64
 
 
 def hippo_normal(size: int) -> tuple[Tensor, Tensor]:
@@ -25,9 +29,16 @@ def hippo_normal(size: int) -> tuple[Tensor, Tensor]:
     return values[size // 2 :], vectors[:, size // 2 :]
 
 
-def zero_order_hold(log_decay: Tensor, A: Tensor) -> Tensor:
-    """`(exp(dt A) - 1) / A` for `log_decay` = dt A: what an input held for one step of size dt adds. Complex, any shape."""
-    a, b = log_decay.real, log_decay.imag
-    # expm1 of a complex number: near 0, where slow states lie, exp(z) - 1 would cancel.
-    real = a.expm1() * b.cos() - 2 * (b / 2).sin().square()
-    return torch.complex(real, a.exp() * b.sin()) / A
+def zero_order_hold(log_decay: Tensor, dt: Tensor) -> Tensor:
+    """`(exp(dt A) - 1) / A` for `log_decay` = dt A, dt real: what an input held for one step adds. Complex, any shape.
+
+    It is dt phi(dt A), `phi(z) = (exp(z) - 1) / z = sum_n z^n / (n+1)!`. As a quotient by A its gradient would be a difference of
+    two terms of order dt / A whose value is dt^2 / 2: slow states would lose all digits of it.
+    """
+    small = log_decay.abs() < 1
+    z = torch.where(small, log_decay, 0)
+    series = torch.zeros_like(z)
+    for n in reversed(range(_TERMS)):
+        series = series * z + 1 / math.factorial(n + 1)
+    z = torch.where(small, 1, log_decay)
+    return dt * torch.where(small, series, (z.exp() - 1) / z)
