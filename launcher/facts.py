@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
 from .data import Data, byte_unigram_nats, describe, token_counts
+from .engines import DEFAULTS, KEYS
 
 _COUNTED_TOKENS = 4 << 20  # enough for the frequencies of single tokens
 
@@ -34,7 +38,10 @@ def describe_run(config: TrainConfig, data: Data, parameters: int, world_size: i
             "sequence": parallel.sequence_parallel_size,
             "exchange": parallel.exchange,
             "attention": parallel.attention,
+            "layout": parallel.layout,
+            **{name: getattr(parallel, name) for name in KEYS if getattr(parallel, name) != DEFAULTS.get(name)},
         },
+        "command": _command(world_size),
         "data": {
             "documents": str(describe(data.train_corpus)),
             "held out": "none" if data.held_out_corpus is None else str(describe(data.held_out_corpus)),
@@ -44,6 +51,16 @@ def describe_run(config: TrainConfig, data: Data, parameters: int, world_size: i
         "dtype": config.train.precision,
         "resume_command": resume,
     }
+
+
+def _command(world_size: int) -> str:
+    """How this run was started, as it could be typed again."""
+    program = Path(sys.argv[0])
+    if program.is_absolute() and program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    words = [program.name if program.name == "longhaul" else str(program), *sys.argv[1:]]
+    before = ["torchrun", f"--nproc-per-node={world_size}"] if world_size > 1 else ["python"] if program.suffix == ".py" else []
+    return shlex.join([*before, *words])
 
 
 def baselines(data: Data) -> dict[str, float]:

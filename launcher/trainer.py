@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -29,6 +30,7 @@ from .batches import stream_indices
 from .config import TrainConfig
 from .data import Data, load_data
 from .engines import EngineNews, engine_arguments
+from .expected import ExpectedTraffic, expected_traffic
 from .facts import baselines, describe_run
 from .finish import write_results
 from .horizon import effective_horizon
@@ -129,6 +131,7 @@ class Trainer:
         self.consumed = 0
         """Samples read by all sessions of the run: the position in the data."""
         self.messages: list[str] = []
+        self.expected = self._expected_traffic()
         self._resume()
         runtime.on_main(lambda: claim_folder(config, self.parameters))
 
@@ -142,6 +145,21 @@ class Trainer:
             inner = max(n for n in range(1, size + 1) if size % n == 0 and n <= self.runtime.local_world_size)
         inside, across = self.mesh.sequence_levels(inner)
         return Comm(inside, self.ledger), Comm(across, self.ledger)
+
+    def _expected_traffic(self) -> ExpectedTraffic | None:
+        """What a step should receive, where the streams of a step lie in one layout and run once."""
+        config = self.config
+        if self.engine.comm.size == 1 or config.train.stream_tokens is not None or config.parallel.planner.enabled:
+            return None
+        return expected_traffic(
+            self.model,
+            self.engine,
+            self.data.train.stream(0),
+            self.runtime.device,
+            bf16=config.train.precision != "fp32",
+            keep_state=config.data.carry_state,
+            recomputes=config.train.activation_checkpointing != "none",
+        )
 
     def _resume(self) -> None:
         checkpoint, self.messages = self.runtime.on_main(lambda: find_start(self.config, self.fingerprint))
@@ -246,6 +264,7 @@ class Trainer:
             grad_norm=result.gradient_norm,
             learning_rate=rate,
             traffic=traffic_of(self.ledger.counts),
+            formula=None if self.expected is None else functools.partial(self.expected.of, streams),
             extra=result.extra,
         )
         return result.stop_signal

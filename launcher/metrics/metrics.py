@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ CONVENTIONS = {
 }
 
 RECEIVED, MESSAGES = "communication/received_bytes/", "communication/messages/"  # by label: the label follows
+FORMULA = "communication/formula_bytes/"  # what should be received
 
 SHORTEST, MIDDLE = "effective_horizon/min(tokens)", "effective_horizon/median(tokens)"  # over recurrent layers
 
@@ -180,6 +181,7 @@ class Metrics:
         grad_norm: Value | None = None,
         learning_rate: float | None = None,
         traffic: Mapping[str, tuple[int, int]] | None = None,
+        formula: Callable[[], Mapping[str, int]] | None = None,
         extra: Mapping[str, Value] | None = None,
     ) -> None:
         """A step has ended: call it after every step, on every rank.
@@ -192,6 +194,7 @@ class Metrics:
             grad_norm: before clipping.
             learning_rate: of the step.
             traffic: label -> (messages, bytes) received by this rank in this step alone.
+            formula: label -> bytes that should have been received; asked for only where the step is due.
             extra: other metrics by key.
         """
         due = self.due(step)
@@ -210,6 +213,8 @@ class Metrics:
         if not due:
             return
         values |= self._measured() | _traffic_metrics(traffic)
+        if formula is not None:
+            values |= {f"{FORMULA}{label}": size for label, size in formula().items()}
         self._display.record(step, values)
         self._write(step, values)
         self._loading = self._seconds = 0.0

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from longhaul.launcher.metrics.files import METRICS, read_facts, read_records
-from longhaul.launcher.metrics.metrics import MESSAGES, RECEIVED
+from longhaul.launcher.metrics.metrics import FORMULA, MESSAGES, MIDDLE, RECEIVED, SHORTEST
 from longhaul.models.errors import UserError
 
 LOSS, HELD_OUT = "loss_metrics/global_avg_loss", "validation_metrics/global_avg_loss"
@@ -36,7 +36,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "last_step": max(record["step"] for record in records),
         "total_steps": facts.get("total_steps"),
         "tokens_seen": int(max((record.get(SEEN, 0) for record in steps), default=0)),
-        "curves": {key: _curve(records, key) for key in (LOSS, HELD_OUT, RATE, "grad_norm", "learning_rate")},
+        "curves": {key: _curve(records, key) for key in (LOSS, HELD_OUT, RATE, "grad_norm", "learning_rate", SHORTEST, MIDDLE)},
         "final": {key: _last(records, key) for key in (LOSS, HELD_OUT)},
         "throughput": _typical(steps, RATE),
         "tflops": _typical(steps, "tflops"),
@@ -44,7 +44,8 @@ def collect(folder: Path) -> dict[str, Any]:
         "step_seconds": _typical(steps, SECONDS),
         "memory_gib": max((record[MEMORY] for record in steps if MEMORY in record), default=None),
         "received_mib": _typical(steps, MIB),
-        "traffic": _traffic(steps, facts.get("traffic_formula") or {}),
+        "traffic": _traffic(steps),
+        "horizon": {"shortest": _last(records, SHORTEST), "median": _last(records, MIDDLE)},
         "seconds": {"training": seconds, "of it waiting for data": loading, **(facts.get("outside_seconds") or {})},
         "facts": facts,
     }
@@ -81,15 +82,20 @@ def _seconds(steps: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return total, loading
 
 
-def _traffic(steps: Sequence[dict[str, Any]], formula: dict[str, int]) -> list[dict[str, Any]]:
-    """Per label: bytes and messages received in a usual step, beside the bytes that the formula gives."""
-    labels = {key.removeprefix(RECEIVED): None for record in steps for key in record if key.startswith(RECEIVED)}
-    return [
-        {
+def _traffic(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per label: bytes and messages received in a usual step, beside the bytes that the formula gives, and in how many of the
+    records with a formula the two are equal."""
+    prefixes = (RECEIVED, FORMULA)
+    labels = {key.removeprefix(each): None for each in prefixes for record in steps for key in record if key.startswith(each)}
+    rows = []
+    for label in labels:
+        known = [record for record in steps if FORMULA + label in record]
+        rows.append({
             "label": label,
             "messages": _typical(steps, MESSAGES + label),
             "bytes": _typical(steps, RECEIVED + label),
-            "formula": formula.get(label),
-        }
-        for label in {**labels, **dict.fromkeys(formula)}
-    ]
+            "formula": _typical(known, FORMULA + label),
+            "records": len(known),
+            "equal": sum(record.get(RECEIVED + label, 0) == record[FORMULA + label] for record in known),
+        })  # fmt: skip
+    return rows

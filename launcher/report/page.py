@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -50,7 +51,9 @@ def render(report: dict[str, Any], svg: str) -> str:
         _section("Run", _table(_run(report))),
         "</div>",
         _section("Communication in one step", _traffic(report)),
+        _section("What the engines measured and chose", _pre("\n".join(facts.get("engines") or []))),
         _section("Generated sample", _pre(report["sample"])),
+        _section("Started with", _pre(facts.get("command"))),
         _section("To go on", _pre(facts.get("resume_command"))),
         _details("Where the time went", _table({name: duration(value) for name, value in report["seconds"].items()})),
         _details("Data", _table(facts.get("data") or {})),
@@ -92,6 +95,7 @@ def _tiles(report: dict[str, Any]) -> str:
         (_number(report["memory_gib"], "{:.2f} GiB"), "peak memory of the main rank"),
         (_mebibytes(report["received_mib"]), "received by a rank in a step"),
         (_count(report["tokens_seen"]), "tokens trained on"),
+        (_count(report["horizon"]["median"]), _horizon(report["horizon"]["shortest"])),
     ]
     cells = [f'<div class="tile"><b>{value}</b><span>{escape(name)}</span></div>' for value, name in tiles if value]
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -108,26 +112,32 @@ def _run(report: dict[str, Any]) -> dict[str, Any]:
         "number type": facts.get("dtype"),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if name != "cores"),
         "sessions": facts.get("sessions"),
-        "command": facts.get("command"),
     }
+
+
+def _horizon(shortest: float | None) -> str:
+    return f"tokens of effective horizon in the median recurrent layer; least {_count(shortest)}"
 
 
 def _traffic(report: dict[str, Any]) -> str:
     rows = report["traffic"]
     if not rows:
         return '<p class="note">None: one process holds the whole sequence.</p>' if report["received_mib"] == 0 else ""
-    with_formula = any(row["formula"] is not None for row in rows)
+    known = [row for row in rows if row["formula"] is not None]
     head = "<tr><th>what</th><th class=n>messages</th><th class=n>bytes received</th>"
-    head += "<th class=n>bytes by formula</th></tr>" if with_formula else "</tr>"
+    head += "<th class=n>bytes by formula</th><th class=n>equal in steps</th></tr>" if known else "</tr>"
     body = []
-    for row in rows:
-        cells = f"<td>{escape(row['label'])}</td>" + "".join(
-            f"<td class=n>{_number(row[key], '{:,.0f}')}</td>"
-            for key in ("messages", "bytes", *(["formula"] if with_formula else []))
-        )
-        body.append(f"<tr>{cells}</tr>")
-    note = '<p class="note">Payload that the main rank received, counted on the wire; median over recorded steps.</p>'
-    return f"<table>{head}{''.join(body)}</table>{note}"
+    for row in sorted(rows, key=lambda row: row["formula"] is None):
+        numbers = [_number(row[key], "{:,.0f}") for key in ("messages", "bytes", *(["formula"] if known else []))]
+        if known:
+            wrong = row["equal"] < row["records"]
+            counted = f"{row['equal']:,} of {row['records']:,}" if row["records"] else ""
+            numbers.append(f'<span class="bad">{counted}</span>' if wrong else counted)
+        body.append(f"<tr><td>{escape(row['label'])}</td>{''.join(f'<td class=n>{each}</td>' for each in numbers)}</tr>")
+    note = "Payload that the main rank received, counted on the wire; median over recorded steps."
+    if known:
+        note += " The formula is computed for the documents of each step; what has none is left empty."
+    return f'<table>{head}{"".join(body)}</table><p class="note">{note}</p>'
 
 
 def _conventions(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -175,6 +185,8 @@ def _number(value: float | None, text: str) -> str:
 def _count(value: float | None) -> str:
     if value is None:
         return ""
+    if math.isinf(value):
+        return "endless"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from longhaul.launcher.metrics.metrics import MIDDLE, SHORTEST
+
 from .collect import HELD_OUT, LOSS, RATE
 
 Curve = Sequence[tuple[int, float]]
@@ -23,7 +25,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(report: dict[str, Any]) -> str:
-    """Loss (training, held-out, baselines) above throughput, as an SVG element."""
+    """Loss (training, held-out, baselines) above throughput, and the effective horizon if it was measured, as an SVG element."""
     # No pyplot: a report must not touch the user's backend or leave figures behind.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -31,10 +33,11 @@ def draw(report: dict[str, Any]) -> str:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 5.4), layout="constrained")
-        FigureCanvasSVG(figure)
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         curves: dict[str, Curve] = report["curves"]
+        reaches = any(math.isfinite(value) for _, value in curves[MIDDLE])
+        figure = Figure(figsize=(9.2, 6.6 if reaches else 5.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        top, bottom, *more = figure.subplots(2 + reaches, 1, sharex=True, height_ratios=(3, 1, 1)[: 2 + reaches])
         _draw_loss(top, curves[LOSS], curves[HELD_OUT], report["facts"].get("baselines") or {})
         rate = _thin(curves[RATE])
         bottom.plot(*_axes(rate), color=BLUE, linewidth=1.2)
@@ -43,8 +46,13 @@ def draw(report: dict[str, Any]) -> str:
         bottom.yaxis.set_major_formatter(EngFormatter(sep=""))
         bottom.yaxis.set_major_locator(MaxNLocator(3))
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bottom.set_xlabel("step")
         _title(bottom, "Tokens per second per process")
+        for axes in more:
+            _draw_horizon(axes, curves[SHORTEST], curves[MIDDLE])
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            if axes.get_yscale() == "linear":
+                axes.yaxis.set_major_locator(MaxNLocator(3))
+        (more or [bottom])[-1].set_xlabel("step")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
@@ -75,6 +83,20 @@ def _draw_loss(axes: Any, train: Curve, held_out: Curve, baselines: dict[str, fl
         axes.set_ylim(min(seen) - margin, ceiling + margin)
     if points or held_out:
         axes.legend(frameon=False, loc="lower left", ncols=2, borderaxespad=0.2)
+
+
+def _draw_horizon(axes: Any, shortest: Curve, middle: Curve) -> None:
+    _title(axes, "Effective horizon of recurrent layers, tokens")
+    for curve, color, label in ((middle, BLUE, "median layer"), (shortest, ORANGE, "layer that looks back least")):
+        finite = [(step, value) for step, value in curve if math.isfinite(value)]
+        axes.plot(*_axes(finite), color=color, linewidth=1.4, marker="o", markersize=3, label=label)
+    seen = [value for _, value in (*shortest, *middle) if math.isfinite(value)]
+    if max(seen) > 30 * min(seen):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.6 * max(seen))  # room for the legend
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, loc="upper left", ncols=2, borderaxespad=0.2)
 
 
 def _title(axes: Any, text: str) -> None:

@@ -8,9 +8,11 @@ heads, W the widths of a key and a value together.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from longhaul.models.ops.attention import Mask
@@ -20,13 +22,20 @@ from longhaul.parallel.layout import SequenceLayout, even_cut
 
 
 class Cost(NamedTuple):
-    """Messages and numbers received by one rank."""
+    """Messages and numbers received by one rank; `wide` ones are of the accumulation type, where that is another."""
 
     messages: int = 0
-    numbers: int = 0
+    numbers: int | Fraction = 0
+    wide: int | Fraction = 0
 
     def plus(self, other: Cost) -> Cost:
-        return Cost(self.messages + other.messages, self.numbers + other.numbers)
+        return Cost(self.messages + other.messages, self.numbers + other.numbers, self.wide + other.wide)
+
+    def bytes(self, size: int, wide_size: int) -> int:
+        return int(self.numbers * size + self.wide * wide_size)
+
+
+Costs = dict[str, Cost]  # by label, as the ledger has it
 
 
 class Prefix(NamedTuple):
@@ -139,11 +148,12 @@ PREFIXES: dict[str, Callable[[Prefix], Cost]] = {
 
 
 class Attention(NamedTuple):
-    """One attention, seen from one rank, on inputs of the accumulation dtype, without states.
+    """One attention, seen from one rank, without states.
 
     Attributes:
         widths: of a key and of a value.
         inner: ranks of a group of heads, for `usp`.
+        wide: bytes of a number of the accumulation type over those of an input.
     """
 
     layout: SequenceLayout
@@ -154,6 +164,7 @@ class Attention(NamedTuple):
     widths: tuple[int, int]
     rank: int
     inner: int
+    wide: int = 1
 
     def tokens(self) -> list[int]:
         """Of every rank."""
@@ -161,37 +172,43 @@ class Attention(NamedTuple):
 
     def needs(self, members: Sequence[Sequence[int]]) -> set[tuple[int, int]]:
         """(queries' holder, keys' holder) of which some query sees some key; each holder is some ranks together."""
-        owner = {}
-        for holder, ranks in enumerate(members):
-            for rank in ranks:
-                for start, stop in self.layout.parts[rank]:
-                    owner.update(dict.fromkeys(range(start, stop), holder))
-        bounds, found = self.documents.bounds, set()
+        runs = sorted((*run, holder) for holder, ranks in enumerate(members) for rank in ranks for run in self.layout.parts[rank])
+        bounds, found, first = self.documents.bounds, set(), 0
         for start, stop in zip(bounds, bounds[1:]):
-            for q, k in itertools.product(range(start, stop), repeat=2):
-                late = self.mask.causal and k > q
-                if not late and (self.mask.window is None or k > q - self.mask.window):
-                    found.add((owner[q], owner[k]))
+            while first < len(runs) and runs[first][1] <= start:
+                first += 1
+            inside = []
+            for a, b, holder in itertools.islice(runs, first, None):
+                if a >= stop:
+                    break
+                if max(a, start) < min(b, stop):
+                    inside.append((max(a, start), min(b, stop), holder))
+            for (q, q_end, query), (k, k_end, key) in itertools.product(inside, repeat=2):
+                # Distances from key to query, of which one must be seen: from q - (k_end - 1) to q_end - 1 - k.
+                nearest = max(q - (k_end - 1), 0) if self.mask.causal else q - (k_end - 1)
+                farthest = q_end - 1 - k
+                if nearest <= farthest and (self.mask.window is None or nearest < self.mask.window):
+                    found.add((query, key))
         return found
 
 
-def attend_all_gather(case: Attention) -> Cost:
+def attend_all_gather(case: Attention) -> Costs:
     """Keys and values, padded to the most tokens of a rank: once forward, again and their gradients backward."""
     ranks = case.layout.num_ranks
     alone = [[rank] for rank in range(ranks)]
     if not any(q != k for q, k in case._replace(mask=Mask(causal=False)).needs(alone)):
-        return Cost()
+        return {}
     size = (ranks - 1) * max(case.tokens()) * case.key_heads * sum(case.widths)
-    return Cost(3 * (ranks - 1), 3 * size)
+    return {"kv forward": Cost(ranks - 1, size), "kv backward": Cost(2 * (ranks - 1), size, size)}
 
 
-def attend_ring(case: Attention) -> Cost:
+def attend_ring(case: Attention) -> Costs:
     """Blocks go round as far as somebody reads them; their gradients follow and come home. The cheaper of two backwards."""
     ranks = case.layout.num_ranks
     return _ring(case, [[rank] for rank in range(ranks)], case.rank, case.tokens(), case.heads, case.key_heads)
 
 
-def _ring(case: Attention, members: list[list[int]], me: int, tokens: list[int], heads: int, key_heads: int) -> Cost:
+def _ring(case: Attention, members: list[list[int]], me: int, tokens: list[int], heads: int, key_heads: int) -> Costs:
     size, both, own_width = len(members), sum(case.widths), case.widths[0]
     found = case.needs(members) | {(rank, rank) for rank in range(size)}
     key_reach = [max((q - rank) % size for q, k in found if k == rank) for rank in range(size)]
@@ -202,17 +219,18 @@ def _ring(case: Attention, members: list[list[int]], me: int, tokens: list[int],
     def total(reach: list[int], per_token: int) -> int:
         return sum(a * b for a, b in zip(reach, tokens)) * per_token
 
-    by_query = heads * (both + 2 + own_width)
-    if total(query_reach, by_query) < total(key_reach, key_heads * both * 2):
-        block, home, step, reach, pieces = heads * (both + 2), heads * own_width, -1, query_reach, 2
+    by_query = heads * (both + (2 + own_width) * case.wide)
+    if total(query_reach, by_query) < total(key_reach, key_heads * both * (1 + case.wide)):
+        block, extra, home, step, reach, label = heads * both, heads * 2, heads * own_width, -1, query_reach, "q backward"
     else:
-        block, home, step, reach, pieces = key_heads * both, key_heads * both, 1, key_reach, 1
+        block, extra, home, step, reach, label = key_heads * both, 0, key_heads * both, 1, key_reach, "kv backward"
     visit = Cost(*_visits(me, tokens, reach, 1, step))
     later = Cost(*_visits(me, tokens, reach, 2, step))
     home_messages = int(bool(reach[me] and tokens[me]))
     returned = tokens[me] if reach[me] else 0
-    backward = Cost(pieces * visit.messages + later.messages + home_messages, 0)
-    return forward.plus(backward).plus(Cost(0, visit.numbers * block + (later.numbers + returned) * home))
+    messages = (2 if extra else 1) * visit.messages + later.messages + home_messages
+    wide = visit.numbers * extra + (later.numbers + returned) * home
+    return {"kv forward": forward, label: Cost(messages, visit.numbers * block, wide)}
 
 
 def _visits(me: int, tokens: list[int], reach: list[int], first: int, step: int) -> tuple[int, int]:
@@ -222,21 +240,22 @@ def _visits(me: int, tokens: list[int], reach: list[int], first: int, step: int)
     return len(coming), sum(tokens[s] for s in coming)
 
 
-def attend_rsa(case: Attention) -> Cost:
+def attend_rsa(case: Attention) -> Costs:
     """K round and V round, both again in the backward, and two all-reduces of gradients of full length."""
     tokens, ranks = case.tokens(), case.layout.num_ranks
     others = [count for rank, count in enumerate(tokens) if rank != case.rank and count]
     once = Cost(2 * len(others), sum(others) * case.key_heads * sum(case.widths))
-    full = sum(2 * (ranks - 1) * sum(tokens) * case.key_heads * width / ranks for width in case.widths)
-    return once.plus(once).plus(Cost(2 * 2 * (ranks - 1), round(full)))
+    full = [_all_reduce(ranks, sum(tokens) * case.key_heads * width) for width in case.widths]
+    sums = Cost(sum(cost.messages for cost in full), 0, sum(cost.numbers for cost in full))
+    return {"kv forward": once, "kv backward": once.plus(sums)}
 
 
-def attend_ulysses(case: Attention) -> Cost:
+def attend_ulysses(case: Attention) -> Costs:
     """All-to-alls: queries, keys and values to heads, outputs back; cotangents to heads, gradients back."""
     return _heads(case, list(range(case.layout.num_ranks)))
 
 
-def _heads(case: Attention, group: list[int]) -> Cost:
+def _heads(case: Attention, group: list[int]) -> Costs:
     """The all-to-alls inside a group of ranks."""
     size, me = len(group), group.index(case.rank)
     group_of = case.heads // case.key_heads
@@ -245,22 +264,23 @@ def _heads(case: Attention, group: list[int]) -> Cost:
     g = [-(-b // group_of) - a // group_of if b > a else 0 for a, b in spans]
     counts = [case.tokens()[rank] for rank in group]
     K, V = case.widths
-    numbers = messages = 0
-    for other in range(size):
-        if other == me:
-            continue
-        blocks = (
-            counts[other] * (h[me] * K + g[me] * (K + V)),  # q, k, v of my heads
-            counts[me] * h[other] * V,  # outputs of my tokens
-            counts[other] * h[me] * V,  # cotangents
-            counts[me] * (h[other] * K + g[other] * (K + V)),  # gradients
-        )
-        numbers += sum(blocks)
-        messages += sum(block > 0 for block in blocks)
-    return Cost(messages, numbers)
+    found = {}
+    for label, backward in (("heads forward", False), ("heads backward", True)):
+        numbers = messages = 0
+        for other in range(size):
+            if other == me:
+                continue
+            if backward:  # cotangents to heads, gradients of q, k, v back
+                blocks = counts[other] * h[me] * V, counts[me] * (h[other] * K + g[other] * (K + V))
+            else:  # q, k, v to heads, outputs back
+                blocks = counts[other] * (h[me] * K + g[me] * (K + V)), counts[me] * h[other] * V
+            numbers += sum(blocks)
+            messages += sum(block > 0 for block in blocks)
+        found[label] = Cost(messages, numbers)
+    return found
 
 
-def attend_usp(case: Attention) -> Cost:
+def attend_usp(case: Attention) -> Costs:
     """All-to-alls inside groups of consecutive ranks, a ring of groups with this member's heads."""
     size, ranks = case.inner, case.layout.num_ranks
     groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
@@ -272,13 +292,50 @@ def attend_usp(case: Attention) -> Cost:
     ratio = case.heads // case.key_heads
     heads, keys = last - first, -(-last // ratio) - first // ratio
     tokens = [sum(case.tokens()[rank] for rank in group) for group in groups]
-    return total.plus(_ring(case, groups, number, tokens, heads, keys))
+    return total | _ring(case, groups, number, tokens, heads, keys)
 
 
-ATTENTIONS: dict[str, Callable[[Attention], Cost]] = {
+ATTENTIONS: dict[str, Callable[[Attention], Costs]] = {
     "all_gather": attend_all_gather,
     "ring": attend_ring,
     "rsa": attend_rsa,
     "ulysses": attend_ulysses,
     "usp": attend_usp,
 }
+
+
+def halo(ranks: int, parts: int, width: int, per_token: int, state_gradient: bool = False) -> Costs:
+    """The last tokens of every part to every rank, and the gradients of all back to their part."""
+    once = Cost(ranks - 1, (ranks - 1) * parts * width * per_token)
+    found = {"halo forward": once, "halo backward": once}
+    return found | ({"halo state backward": _all_reduce(ranks, width * per_token)} if state_gradient else {})
+
+
+def prefix(ranks: int, parts: int, numbers: Sequence[int], state_gradient: bool = False) -> Costs:
+    """Every part's element, of tensors of so many numbers, to every rank; the gradients back to their part, a state's summed."""
+    once = Cost(ranks - 1, (ranks - 1) * parts * sum(numbers))
+    found = {"prefix forward": once, "prefix backward": once}
+    sums = [_all_reduce(ranks, count) for count in numbers] if state_gradient else []
+    return found | ({"prefix state backward": functools.reduce(Cost.plus, sums)} if sums else {})
+
+
+def total(ranks: int, numbers: int) -> Costs:
+    """A sum over ranks, and that of its cotangents."""
+    return {"total forward": _all_reduce(ranks, numbers), "total backward": _all_reduce(ranks, numbers)}
+
+
+def document_sum(ranks: int, layout: SequenceLayout, documents: Documents, numbers: int) -> Costs:
+    """The sums of the documents that more than one rank holds, each way."""
+    crossing = 0
+    for start, stop in zip(documents.bounds, documents.bounds[1:]):
+        holders = {rank for rank, own in enumerate(layout.parts) for a, b in own if max(a, start) < min(b, stop)}
+        crossing += len(holders) > 1
+    if not crossing:
+        return {}
+    once = _all_reduce(ranks, crossing * numbers)
+    return {"document sum forward": once, "document sum backward": once}
+
+
+def _all_reduce(ranks: int, numbers: int) -> Cost:
+    """Counted as the ring that does it: a reduce-scatter and an all-gather, to the last whole byte of float32."""
+    return Cost(2 * (ranks - 1), Fraction(2 * (ranks - 1) * numbers * 4 // ranks, 4))

@@ -1,7 +1,7 @@
 """`longhaul verify --bytes`: messages and bytes each engine received, against its formula, rank by rank.
 
-Exchanges get maps of three kinds directly, attention engines queries, keys and values, in float32 throughout: what is
-counted is an engine, no mixer. Legend: P ranks, N parts of a rank.
+Exchanges get maps of three kinds directly, attention engines queries, keys and values, the door's other calls a few numbers a
+token, in float32 throughout: what is counted is an engine, no mixer. Legend: P ranks, N parts of a rank.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from longhaul.models.errors import UserError
 from longhaul.models.ops.affine import AffineMap, Dense, Identity, Linear, LogScale
 from longhaul.models.ops.attention import Mask
 from longhaul.models.ops.segments import Documents
+from longhaul.models.sequence import Element
 from longhaul.parallel.attention.registry import ENGINES, make_attention
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.exchange.registry import EXCHANGES, make_exchange
 from longhaul.parallel.layout import SequenceLayout
 from longhaul.parallel.shard import RankShard
 
+from . import formulas
 from .cells import inner_size
-from .formulas import ATTENTIONS, PREFIXES, Attention, Prefix
+from .formulas import ATTENTIONS, PREFIXES, Attention, Costs, Prefix
 from .tables import layout_of
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ LAYOUTS = ("contiguous", "empty_first", "zigzag", "zigzag_per_document")
 MASKS = (Mask(), Mask(causal=False), Mask(window=5))
 HEAD_COUNTS = ((4, 2), (3, 3))
 CHOICES = ("auto",)  # exchanges that are one of the others
+DOOR = ("halo", "prefix", "total", "document_sum")
+BLOCKS = 2  # of all_scan
+HALO = 3  # tokens; some parts and documents are shorter
 
 Counted = dict[str, tuple[float, float]]  # what -> (measured, formula)
 
@@ -47,7 +52,7 @@ class Question(NamedTuple):
     """One engine on one layout and table.
 
     Attributes:
-        kind: "exchange" or "attention".
+        kind: "exchange", "attention" or "door".
     """
 
     kind: str
@@ -77,6 +82,7 @@ class Row:
 def questions(ranks: Sequence[int], engines: Sequence[str]) -> Iterator[Question]:
     """All of `--bytes`."""
     everything = [("exchange", name) for name in EXCHANGES if name not in CHOICES] + [("attention", name) for name in ENGINES]
+    everything += [("door", name) for name in DOOR]
     wanted = [(kind, name) for kind, name in everything if not engines or name in engines]
     if not wanted:
         known = ", ".join(dict.fromkeys(name for _, name in everything))
@@ -101,7 +107,19 @@ def count(question: Question, comm: Comm, inner: Comm, outer: Comm) -> Counted:
     layout = SequenceLayout.make(named[0], documents, comm.size, **options)
     if question.kind == "exchange":
         return _count_exchange(question.engine, documents, layout, comm, inner, outer)
+    if question.kind == "door":
+        return _count_door(question.engine, documents, layout, comm)
     return _count_attention(question.engine, documents, layout, comm, inner, outer)
+
+
+def _compare(comm: Comm, expected: Costs, where: str) -> Counted:
+    """The ledger's labels against the formula's: no label more, none less."""
+    found: Counted = {}
+    for label in dict.fromkeys((*expected, *(label for label, _ in comm.ledger.counts))):
+        measured, cost = comm.ledger.total(label), expected.get(label, formulas.Cost())
+        found[f"messages: {label}, {where}"] = measured.messages, cost.messages
+        found[f"bytes: {label}, {where}"] = measured.bytes, cost.bytes(FLOAT32, FLOAT32)
+    return found or {f"messages: {where}": (0, 0), f"bytes: {where}": (0, 0)}
 
 
 def _chunks(total: int, pieces: int) -> list[range]:
@@ -112,7 +130,7 @@ def _count_exchange(
     name: str, documents: Documents, layout: SequenceLayout, comm: Comm, inner: Comm, outer: Comm
 ) -> Counted:
     levels = {"intra": inner, "inter": outer, "across": "ring"}
-    options: dict[str, dict[str, Any]] = {"all_scan": {"blocks": 2}, "hierarchical": levels}
+    options: dict[str, dict[str, Any]] = {"all_scan": {"blocks": BLOCKS}, "hierarchical": levels}
     exchange = make_exchange(name, comm, **options.get(name, {}))
     try:
         exchange.check(layout)
@@ -131,14 +149,11 @@ def _count_exchange(
         maps = AffineMap(torch.zeros(parts, HEADS, WIDTH_K, WIDTH_V), linear)
         comm.ledger.reset()
         exchange.start(maps, chain, initial, reverse, ends).wait()
-        measured = comm.ledger.total()
         case = Prefix(
             chain, comm.rank, comm.size, parts, state + numbers, state, WIDTH_V, reverse, ends, ends, inner_size(comm.size)
         )
-        expected = PREFIXES[name](case)
-        where = f"{kind} maps, {'backward' if reverse else 'forward'}, {'with' if ends else 'without'} outer states"
-        found[f"messages: {where}"] = measured.messages, expected.messages
-        found[f"bytes: {where}"] = measured.bytes, expected.numbers * FLOAT32
+        expected = {"state backward" if reverse else "state forward": PREFIXES[name](case)}
+        found |= _compare(comm, expected, f"{kind} maps, {'with' if ends else 'without'} outer states")
     return found
 
 
@@ -157,13 +172,51 @@ def _count_attention(
         q, k, v = (torch.randn(shard.num_tokens, *shape, requires_grad=True) for shape in shapes)
         comm.ledger.reset()
         shard.attend(q, k, v, mask)[0].sum().backward()
-        measured = comm.ledger.total()
         size = inner_size(comm.size)
         case = Attention(layout, documents, mask, heads, key_heads, (WIDTH_K, WIDTH_V), comm.rank, size)
-        expected = ATTENTIONS[name](case)
         where = f"{heads} and {key_heads} heads, {'causal' if mask.causal else 'both ways'}, window {mask.window}"
-        found[f"messages: {where}"] = measured.messages, expected.messages
-        found[f"bytes: {where}"] = measured.bytes, expected.numbers * FLOAT32
+        found |= _compare(comm, ATTENTIONS[name](case), where)
+    return found
+
+
+class _Sum:
+    """The merge of two sums."""
+
+    def empty(self, like: Element) -> Element:
+        return tuple(torch.zeros_like(tensor) for tensor in like)
+
+    def combine(self, earlier: Element, later: Element) -> Element:
+        return tuple(a + b for a, b in zip(earlier, later))
+
+
+def _count_door(name: str, documents: Documents, layout: SequenceLayout, comm: Comm) -> Counted:
+    found: Counted = {}
+    parts, ranks = layout.num_parts, comm.size
+    for continued in (False, True):
+        stream = Documents(documents.bounds, 2 if continued else 0)
+        exchange, attention = make_exchange("all_gather", comm), make_attention("all_gather", comm)
+        shard = RankShard(layout, stream, comm, exchange, attention, keep_state=continued)
+        x = torch.randn(shard.num_tokens, WIDTH_K, requires_grad=True)
+        states = [torch.randn(*shape, requires_grad=True) for shape in ((HALO, WIDTH_K), (WIDTH_K,), (WIDTH_V,))]
+        comm.ledger.reset()
+        given: Any
+        if name == "halo":
+            context, after = shard.halo(x, HALO, states[0] if continued else None)
+            given = [context, *([] if after is None else [after])]
+            expected = formulas.halo(ranks, parts, HALO, WIDTH_K, continued)
+        elif name == "prefix":
+            element = tuple(torch.randn(parts, width, requires_grad=True) for width in (WIDTH_K, WIDTH_V))
+            before, end = shard.prefix(_Sum(), element, tuple(states[1:]) if continued else None)
+            given = [*before, *(end or ())]
+            expected = formulas.prefix(ranks, parts, [WIDTH_K, WIDTH_V], continued)
+        elif name == "total":
+            given = [shard.total(x, "document" if continued else "sequence")]
+            expected = formulas.total(ranks, WIDTH_K * (stream.num_documents if continued else 1))
+        else:
+            given = [shard.document_sum(torch.randn(shard.segments.num_segments, WIDTH_K, requires_grad=True))]
+            expected = formulas.document_sum(ranks, layout, stream, WIDTH_K)
+        torch.autograd.backward(given, [torch.ones_like(tensor) for tensor in given])
+        found |= _compare(comm, expected, "continued" if continued else "fresh")
     return found
 
 
@@ -190,7 +243,7 @@ def measure(ranks: Sequence[int], engines: Sequence[str]) -> list[Row]:
 
 
 def _row(kind: str, engine: str, size: int, own: Sequence[Question], pool: Pool) -> Row:
-    if engine not in (PREFIXES if kind == "exchange" else ATTENTIONS):
+    if engine not in {"exchange": PREFIXES, "attention": ATTENTIONS, "door": DOOR}[kind]:
         return Row(kind, engine, size, 0, 0, 0, 0, 0, False, "it has no formula in launcher/verify/formulas.py")
     totals, cases, message = [0, 0, 0, 0], 0, ""
     for question in own:

@@ -1,5 +1,6 @@
 """Metrics: what is written when, what a step's time holds, how a run is continued."""
 
+import functools
 import io
 import json
 import re
@@ -219,7 +220,30 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
         _metrics(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("option", [{"log_every": 0}, {"display": "loud"}, {"peak_flops": 0.0}])
+def test_formulas_are_asked_for_on_recorded_steps_alone(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def formula(step: int) -> dict[str, int]:
+        asked.append(step)
+        return {"kv": 8 * step}
+
+    with _metrics(tmp_path, log_every=5) as metrics:
+        for step in range(1, 6):
+            metrics.log(step, tokens=1, traffic={"kv": (1, 8)}, formula=functools.partial(formula, step))
+    assert asked == [1, 5]
+    assert [record["communication/formula_bytes/kv"] for record in read_records(tmp_path)] == [8, 40]
+
+
+def test_the_effective_horizon_is_a_record_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(MetricsConfig(display="plain"), tmp_path, total_steps=4) as metrics:
+        metrics.log_horizon(3, 1234.0, float("inf"))
+    (record,) = read_records(tmp_path)
+    assert (record["step"], record["effective_horizon/min(tokens)"]) == (3, 1234.0)
+    assert float(record["effective_horizon/median(tokens)"]) == float("inf")
+    assert "step 3: effective horizon 1,234 tokens in the layer that looks back least, inf in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [{"log_every": 0}, {"horizon_every": -1}, {"display": "loud"}, {"peak_flops": 0.0}])
 def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(option))):
         MetricsConfig(**option)

@@ -52,12 +52,18 @@ def _run(folder: Path, steps: int = 30, close: str = "finished") -> None:
         model={"pattern": "LLLN"},
         parallel={"data": 1, "sequence": 2},
         baselines={"byte unigram": 3.21, "uniform": 5.55},
-        traffic_formula={"scan state": 4096},
+        engines=["auto on 2 ranks: a message takes 12 us", "  LogScale (2,): ring"],
+        command="torchrun --nproc-per-node=2 launcher/train.py --train.steps 30",
         resume_command="longhaul train --resume",
     )
     for step in range(1, steps + 1):
         metrics.start_step()
-        metrics.log(step, tokens=100, loss=5.0 / step, traffic={"scan state": (1, 4096), "kv": (2, 8192)})
+        traffic = {"scan state": (1, 4096 + (step == 7)), "halo": (1, 64), "kv": (2, 8192)}
+        metrics.log(
+            step, tokens=100, loss=5.0 / step, traffic=traffic, formula=lambda: {"scan state": 4096, "halo": 64, "sum": 5}
+        )
+        if step % 15 == 0:
+            metrics.log_horizon(step, 100.0 * step, 200.0 * step)
         if step % 10 == 0:
             metrics.log_evaluation(step, 6.0 / step)
     metrics.close(close)
@@ -74,16 +80,21 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     text, data = _open(tmp_path)
     for expected in (
         "<tiny> run", "finished, 30 of 30 steps", "0.200", "byte unigram 3.21, uniform 5.55", "1.23 M", "LLLN",
-        "data 1, sequence 2", "12.0 KiB", "if a < b & c:", "longhaul train --resume",
+        "data 1, sequence 2", "12.1 KiB", "29 of 30", "30 of 30", "0 of 30", "a message takes 12 us",
+        "launcher/train.py --train.steps 30", "least 3,000", "if a < b & c:", "longhaul train --resume",
     ):  # fmt: skip
         assert expected in text, expected
     assert data["final"] == {"loss_metrics/global_avg_loss": 5 / 30, "validation_metrics/global_avg_loss": 0.2}
     assert data["curves"]["validation_metrics/global_avg_loss"] == [[10, 0.6], [20, 0.3], [30, 0.2]]
     assert data["tokens_seen"] == 3000 and data["facts"]["versions"]["torch"]
-    assert data["traffic"] == [
-        {"label": "scan state", "messages": 1, "bytes": 4096, "formula": 4096},
-        {"label": "kv", "messages": 2, "bytes": 8192, "formula": None},
+    keys = ("label", "messages", "bytes", "formula", "records", "equal")
+    assert [tuple(row[key] for key in keys) for row in data["traffic"]] == [
+        ("scan state", 1, 4096, 4096, 30, 29),
+        ("halo", 1, 64, 64, 30, 30),
+        ("kv", 2, 8192, None, 0, 0),
+        ("sum", None, None, 5, 30, 0),
     ]
+    assert data["horizon"] == {"shortest": 3000, "median": 6000}
 
 
 def test_the_curves_are_in_the_page(tmp_path: Path) -> None:
@@ -91,7 +102,7 @@ def test_the_curves_are_in_the_page(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     svg = page[page.index("<svg") : page.index("</svg>")]
     # Text is drawn as glyphs; each string is left in a comment beside them.
-    for label in ("training", "held-out documents", "byte unigram 3.21", "uniform 5.55", "step"):
+    for label in ("training", "held-out documents", "byte unigram 3.21", "uniform 5.55", "step", "median layer"):
         assert f"<!-- {html.escape(label)} -->" in svg, label
     assert len(re.findall("#d9480f", svg)) >= 3  # the held-out points
 
