@@ -56,11 +56,19 @@ class ParallelConfig:
     """Processes that share experts; only 1 yet."""
 
     data_parallel_backend: str = "fsdp"
-    """`fsdp` shards parameters, gradients and optimizer over all processes; `ddp` keeps them whole on each."""
+    """`fsdp` shards parameters, gradients and optimizer over all processes; `ddp` keeps them whole on each; `deepspeed` is
+    DeepSpeed's ZeRO, in the stage that zero_stage says."""
 
     data_parallel_replicate_size: int = 1
     """Copies that fsdp keeps of the sharded parameters (HSDP): with 4 on 32 processes each parameter is spread over 8
     neighbours, inside a machine, and only gradients travel between copies."""
+
+    zero_stage: int = 1
+    """What data_parallel_backend deepspeed shards over all processes: 1 the optimizer's states, 2 gradients too, 3 parameters
+    too."""
+
+    zero_offload: bool = False
+    """ZeRO keeps the optimizer on the CPU and steps there; of stage 3 the parameters, too."""
 
     parameter_dtype: str = "fp32"
     """In which type fsdp gathers parameters: fp32 or bf16. Gradients are summed in fp32 in any case."""
@@ -135,6 +143,20 @@ class ParallelConfig:
         if self.auto_local_time is not None:
             _at_least("parallel.auto_local_time", self.auto_local_time, 0)
         check_engines(self)
+        if self.zero_stage not in (1, 2, 3):
+            raise UserError(f"parallel.zero_stage is {self.zero_stage}: give 1, 2 or 3.")
+        if self.data_parallel_backend != "deepspeed" and (self.zero_stage != 1 or self.zero_offload):
+            raise UserError(
+                f"parallel.zero_stage {self.zero_stage} and zero_offload {str(self.zero_offload).lower()} need "
+                f"parallel.data_parallel_backend deepspeed, not {self.data_parallel_backend}: leave them out."
+            )
+        for name in ("tensor", "pipeline", "expert"):
+            size = getattr(self, f"{name}_parallel_size")
+            if self.data_parallel_backend == "deepspeed" and size != 1:
+                raise UserError(
+                    f"parallel.data_parallel_backend deepspeed works with parallel.{name}_parallel_size 1, not {size}: ZeRO takes "
+                    "every process to hold the same parameters; use fsdp."
+                )
         if self.data_parallel_replicate_size != 1 and self.data_parallel_backend != "fsdp":
             raise UserError(
                 f"parallel.data_parallel_replicate_size {self.data_parallel_replicate_size} needs "
@@ -269,6 +291,11 @@ class TrainingConfig:
         if self.stream_tokens is not None:
             _at_least("train.stream_tokens", self.stream_tokens, 1)
         _one_of("train.precision", self.precision, (*PRECISIONS, "fp8"))
+        if self.compile and self.activation_checkpointing == "selective":
+            raise UserError(
+                "train.activation_checkpointing selective keeps products with weights, which compiled code does not show: set it to "
+                "none or full, or train.compile to false."
+            )
         _one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
 

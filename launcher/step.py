@@ -121,10 +121,8 @@ class Stepper:
     def _finish(self, loss: torch.Tensor, scale: float, weight: float, rate: float) -> StepResult:
         """From accumulated gradients to new weights; `loss` is the sum over this process's tokens."""
         self.model.finish_gradients()
-        norm = self.model.clip_gradients(self.clip)
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.model.step(self.optimizer, self.clip)
         self.model.after_step()
         total = self.runtime.sum([loss.item()])[0]
         signal = self.runtime.maximum(self.stop_signal())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from longhaul.models.ops.segments import Documents
 from longhaul.parallel.checkpoint import Checkpoints, SaveError
 from longhaul.parallel.comm import Comm, Ledger
 from longhaul.parallel.data import DataParallel
+from longhaul.parallel.deepspeed import ZeroParallel
 from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
 from longhaul.parallel.mesh import ParallelMesh
 from longhaul.parallel.runtime import Runtime
@@ -106,16 +108,23 @@ class Trainer:
         self.flops_per_token = model.flops_per_token(config.data.seq_length)
         undecayed = undecayed_names(model)
         tensor = TensorParallel(model, Comm(self.mesh.tensor_group, self.ledger))
-        self.model = DataParallel(
-            model,
-            self.mesh,
-            config.parallel.data_parallel_backend,
-            blocks=tuple(model.layers),
-            parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
-            ledger=self.ledger,
-            tensor=tensor,
-        )
+        self.model: DataParallel
+        if config.parallel.data_parallel_backend == "deepspeed":
+            os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed asks for it, however processes are started
+            zero = config.parallel.zero_stage, config.parallel.zero_offload
+            self.model = ZeroParallel(model, self.mesh, *zero, ledger=self.ledger)
+        else:
+            self.model = DataParallel(
+                model,
+                self.mesh,
+                config.parallel.data_parallel_backend,
+                blocks=tuple(model.layers),
+                parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
+                ledger=self.ledger,
+                tensor=tensor,
+            )
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)
+        self.model.drive(self.optimizer)
         options: dict[str, Any] = {
             "clip": config.optimizer.clip,
             "precision": "fp32" if config.train.precision == "fp32" else "bf16",
@@ -305,8 +314,7 @@ class Trainer:
             facts["planner"] = self.planned.planner.state()
         with metrics.outside("checkpoint"):
             state = collect(
-                self.model.model,
-                self.optimizer,
+                *self.model.gathered(self.optimizer),
                 self.stepper.state,
                 self.runtime.rank,
                 self.runtime.device,

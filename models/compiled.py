@@ -34,9 +34,13 @@ def check_compiler(device: torch.device) -> None:
         raise UserError("train.compile needs triton on a GPU: pip install triton, or set train.compile to false.")
 
 
-def compile_token_local(model: nn.Module) -> int:
-    """Compile, at their first forward, all modules of `model` that are token-local; returns how many there are."""
+def compile_token_local(model: nn.Module, backend: str = "inductor") -> int:
+    """Compile, at their first forward, all modules of `model` that are token-local; returns how many there are.
+
+    Args:
+        backend: of torch.compile.
+    """
     found = [module for module in model.modules() if isinstance(module, TOKEN_LOCAL)]
     for module in found:
-        module.compile(dynamic=True)
+        module.compile(dynamic=True, backend=backend)
     return len(found)

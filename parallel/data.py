@@ -29,7 +29,7 @@ from .comm import Comm, Ledger
 from .mesh import ParallelMesh
 from .tensor import TensorParallel
 
-BACKENDS = ("fsdp", "ddp")
+BACKENDS = ("fsdp", "ddp", "deepspeed")
 
 # Renamed in torch 2.13; the old names warn there.
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -72,7 +72,7 @@ class DataParallel:
         self._gradient_comm = Comm(mesh.gradient_group, ledger)
         self._shard_comm = Comm(mesh.shard_group, ledger)
         self._data_comm = Comm(mesh.data_group, ledger)
-        if mesh.gradient_mesh is None:
+        if mesh.gradient_mesh is None or backend == "deepspeed":
             return
         if backend == "ddp":
             self._forward = DistributedDataParallel(
@@ -162,6 +162,20 @@ class DataParallel:
             for gradient in self._local_gradients():
                 gradient.mul_(scale.to(gradient.dtype))
         return norm
+
+    def drive(self, optimizer: torch.optim.Optimizer) -> None:
+        """Be told, before the first forward, which optimizer steps the parameters."""
+
+    def step(self, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
+        """Clip the gradient, step, and forget it; returns its norm before clipping, float64 []."""
+        norm = self.clip_gradients(clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Model and optimizer as a checkpoint reads them: their `state_dict()`, `named_parameters()` and `state`."""
+        return self.model, optimizer
 
     def _local_gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

@@ -31,6 +31,7 @@ from longhaul.models.borders import KEEP
 from longhaul.models.config import LINEAR_MIXERS, ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
+from longhaul.models.ops.recompute import MODES
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
 from longhaul.models.streaming import LongStream, Streaming, check_streamable
@@ -171,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help="of the small model (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--checkpointing", choices=("none", "full"), default="none", help="(default: %(default)s)")
+    parser.add_argument("--checkpointing", choices=MODES, default="none", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
