@@ -9,7 +9,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,14 +21,25 @@ from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.exchange.registry import EXCHANGES
 
 from . import tables
-from .subjects import MODEL, names, subject
+from .subjects import MODEL, ONE_HEAD, names, subject
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 RANKS = (1, 2, 3, 4)
 DEFAULT_RANKS = (2, 3)
 ATTEMPTS = 30  # at each cell of a covering; more make it hardly smaller
-# Ranks beyond: only a covering of pairs, also in the whole matrix.
+BLOCKS = 3  # of all_scan: small states would travel whole
+# Options that change how an engine computes, as engines of their own; what changes results (a payload in bfloat16, a reach that
+# is cut) is within no tolerance here and is left to tests of its bounds.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hierarchical_log": ("hierarchical", {"inside": "log_scan", "across": "ring"}),
+    "all_gather_sliced": ("all_gather", {"head_slices": 2}),
+    "ring_kv": ("ring", {"backward": "kv"}),
+    "ring_q": ("ring", {"backward": "q"}),
+}
+EXCHANGE_NAMES = (*EXCHANGES, "hierarchical_log")
+ATTENTION_NAMES = (*ENGINES, "all_gather_sliced", "ring_kv", "ring_q")
+# Ranks beyond: only a covering of pairs, also in the whole matrix (as it is of the variations).
 MANY_RANKS = (6, 8)
 
 
@@ -74,14 +85,16 @@ def engine_of(cell: Cell, comm: Comm, inner: Comm, outer: Comm) -> SequenceParal
     found = tables.layout_of(cell.layout, cell.ranks)
     if found is None:
         raise UserError(f"Layout {cell.layout!r} does not exist on {cell.ranks} ranks.")
-    exchange, attention = (cell.engine, "all_gather") if needed.recurrent else ("all_gather", cell.engine)
+    name, options = VARIANTS.get(cell.engine, (cell.engine, {"blocks": BLOCKS} if cell.engine == "all_scan" else {}))
+    exchange, attention = (name, "all_gather") if needed.recurrent else ("all_gather", name)
+    for_exchange, for_attention = (options, {}) if needed.recurrent else ({}, options)
     engine = SequenceParallel(
         comm,
         exchange,
         attention,
         found[0],
-        exchange_options={"intra": inner, "inter": outer} if exchange == "hierarchical" else {},
-        attention_options={"inner": inner, "outer": outer} if attention == "usp" else {},
+        exchange_options={**({"intra": inner, "inter": outer} if exchange == "hierarchical" else {}), **for_exchange},
+        attention_options={**({"inner": inner, "outer": outer} if attention == "usp" else {}), **for_attention},
         layout_options=found[1],
     )
     engine.check(needed.recurrent, needed.masks)
@@ -132,12 +145,17 @@ class Narrowing(NamedTuple):
     ranks: tuple[int, ...] = ()
 
 
-def spaces(narrowing: Narrowing, ranks: Sequence[int]) -> list[dict[str, list[str] | list[int]]]:
+def spaces(
+    narrowing: Narrowing, ranks: Sequence[int], variations: bool = True
+) -> list[dict[str, list[str] | list[int]]]:
     """Values by axis: one product for mixers with a recurrence, one for those without, one for the language model.
 
     Mixers without state stand apart, since their streams are all fresh.
+
+    Args:
+        variations: on axes that are not narrowed, with variants of engines, wide stripes and mixers of one head too.
     """
-    mixers = list(narrowing.mixer) or names()
+    mixers = list(narrowing.mixer) or [name for name in names() if variations or name not in ONE_HEAD]
     # Encoders' mixers need no exchange, or they would be recurrent.
     groups = {
         "recurrent": [name for name in mixers if name != MODEL and subject(name).recurrent],
@@ -147,7 +165,7 @@ def spaces(narrowing: Narrowing, ranks: Sequence[int]) -> list[dict[str, list[st
     }
     found = []
     for kind, members in groups.items():
-        engines = list(ENGINES if kind in ("softmax", "encoder") else EXCHANGES)
+        engines = list(ATTENTION_NAMES if kind in ("softmax", "encoder") else EXCHANGE_NAMES)
         axes: dict[str, list[str] | list[int]] = {
             "mixer": members,
             "engine": engines,
@@ -159,6 +177,8 @@ def spaces(narrowing: Narrowing, ranks: Sequence[int]) -> list[dict[str, list[st
         }
         for axis in AXES[1:]:
             chosen = getattr(narrowing, axis)
+            if not variations and not chosen and axis in ("engine", "layout"):
+                axes[axis] = [value for value in axes[axis] if value not in VARIANTS and value != tables.WIDE]  # type: ignore[assignment]
             if chosen:
                 axes[axis] = list(chosen) if axis == "ranks" else [value for value in axes[axis] if value in chosen]  # type: ignore[assignment]
         if all(axes.values()):
@@ -167,9 +187,12 @@ def spaces(narrowing: Narrowing, ranks: Sequence[int]) -> list[dict[str, list[st
 
 
 def whole(narrowing: Narrowing) -> list[Cell]:
-    """The product; what flows in and out goes round from cell to cell instead of multiplying it."""
+    """The product, and a covering in which variations of engines, layouts and mixers take part.
+
+    What flows in and out goes round from cell to cell instead of multiplying the product.
+    """
     cells: list[Cell] = []
-    for axes in spaces(narrowing, narrowing.ranks or RANKS):
+    for axes in spaces(narrowing, narrowing.ranks or RANKS, variations=False):
         streams = axes.pop("stream")
         for count, values in enumerate(itertools.product(*axes.values())):
             mixer, engine, layout, documents, dtype, ranks = values
@@ -178,8 +201,7 @@ def whole(narrowing: Narrowing) -> list[Cell]:
             cell = Cell(mixer, engine, layout, documents, stream, dtype, ranks)  # type: ignore[arg-type]
             if exists(cell):
                 cells.append(cell)
-    if not narrowing.ranks:
-        cells += pairwise(narrowing, MANY_RANKS)
+    cells += pairwise(narrowing, (*RANKS, *MANY_RANKS))
     return ordered(cells)
 
 
@@ -278,7 +300,7 @@ def check_names(narrowing: Narrowing, own_module: bool) -> None:
     """Refuse values that no axis has."""
     known: dict[str, Sequence[str]] = {
         "mixer": names(),
-        "engine": [*EXCHANGES, *ENGINES],
+        "engine": [*dict.fromkeys((*EXCHANGE_NAMES, *ATTENTION_NAMES))],
         "layout": tables.layout_names(),
         "documents": list(tables.DOCUMENTS),
         "stream": list(tables.STREAMS),

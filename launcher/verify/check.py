@@ -84,7 +84,7 @@ class Checker:
         for name, found, expected in zip(("output", "input gradient"), (actual.y, actual.dx), reference.documents):
             errors[f"{name} of each document alone"] = error(found, _take(expected, rows))
         findings = {name: (value, limit) for name, value in errors.items()}
-        return findings | self._edited(cell, engine, reference, rows, actual.y)
+        return findings | self._edited(cell, shard, reference, rows, actual.y)
 
     def _rows(self, engine: SequenceParallel, documents: Documents) -> Any:
         return engine.local_tokens(documents)
@@ -104,15 +104,16 @@ class Checker:
         dtype, device = DTYPES[cell.dtype], self.runtime.device
         module = subject(cell.mixer).make().to(device=device, dtype=dtype)
         problem = make_problem(module, stream_of(cell), WIDTH, 1, dtype, STREAMS[cell.stream][1], device)
-        documents = _each_document(module, problem) if cell.dtype == "fp64" else ()
-        found = Reference(module, problem, alone(module, problem), documents)
+        outcome = alone(module, problem)
+        documents = _each_document(module, problem, self.comm) if cell.dtype == "fp64" else ()
+        found = Reference(module, problem, outcome, documents)
         self.references[key] = found
         if len(self.references) > KEPT:
             self.references.popitem(last=False)
         return found
 
     def _edited(
-        self, cell: Cell, engine: SequenceParallel, reference: Reference, rows: list[tuple[int, int]], y: Tensor
+        self, cell: Cell, shard: SequenceShard, reference: Reference, rows: list[tuple[int, int]], y: Tensor
     ) -> Findings:
         """Edit a document from some token on: nothing before that token changes, nor a bit of any other document.
 
@@ -126,10 +127,10 @@ class Checker:
         x, dy = problem.x.clone(), torch.zeros_like(problem.dy)
         x[token:last] = -x[token:last].flip(0) + 0.5
         dy[first:last] = problem.dy[first:last]
-        # The state is asked for as before, since an exchange may take another way without it and round otherwise.
+        # The state is asked for as before (the shard is the same), since an exchange may take another way without it.
         dstate = None if problem.dstate is None else [torch.zeros_like(tensor) for tensor in problem.dstate]
         edited = problem._replace(x=x, dy=dy, dstate=dstate)
-        actual = run(reference.module, self._shard(engine, documents, dstate is not None), edited, rows)
+        actual = run(reference.module, shard, edited, rows)
         where = torch.cat([torch.arange(a, b) for a, b in rows]).to(x.device)
         other, before = (where < first) | (where >= last), (where >= first) & (where < token)
         change = (actual.y - y).abs().amax(1) if y.numel() else y.new_zeros(0)
@@ -160,18 +161,21 @@ def _most(values: Tensor) -> float:
     return values.max().item() if values.numel() else 0.0
 
 
-def _each_document(module: nn.Module, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Outputs and input gradients of every document as a stream of its own.
+def _each_document(module: nn.Module, problem: Problem, comm: Comm) -> tuple[Tensor, ...]:
+    """Outputs and input gradients of every document as a stream of its own, each computed by one of the ranks.
 
     The last one's cotangent includes that of the final state, which is its own state.
     """
     bounds = problem.documents.bounds
-    parts = []
+    found = torch.zeros_like(torch.stack([problem.dy, problem.dy]))
     for document, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        if document % comm.size != comm.rank:
+            continue
         one = Documents((0, stop - start), problem.documents.first_position if document == 0 else 0)
         keeps = problem.dstate if document == len(bounds) - 2 else None
         shard = WholeSequence(one, problem.x.device, keep_state=keeps is not None)
         own = Problem(one, problem.x[start:stop], problem.dy[start:stop], problem.state if document == 0 else None, keeps)
         outcome = run(module, shard, own, [(0, stop - start)])
-        parts.append((outcome.y, outcome.dx))
-    return torch.cat([y for y, _ in parts]), torch.cat([dx for _, dx in parts])
+        found[:, start:stop] = torch.stack([outcome.y, outcome.dx])
+    whole: Tensor = comm.all_reduce(found, "verify").wait()  # of numbers and zeros: exact
+    return tuple(whole)

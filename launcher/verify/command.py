@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longhaul.parallel.runtime import Runtime
 
 from . import report, traffic
 from .cells import Cell, Narrowing, check_names, pairwise, refusal, whole
+from .crew import Crew, crew_size
 from .ranks import Answer, Job, Pool
 from .results import FAILED, ResultsFile, Verdict, judge
 
@@ -73,6 +75,8 @@ def main(argv: list[str]) -> int:
         tuple(arguments.ranks),
     )
     check_names(narrowing, arguments.module is not None)
+    if arguments.pools is not None and arguments.pools < 1:
+        raise UserError(f"--pools {arguments.pools} must be at least 1.")
     job = _job(arguments.device)
     if job is not None:
         if narrowing.ranks and job.world_size not in narrowing.ranks:
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
     finished = kept.read() if kept is not None and speaks else {}
     if job is not None:
         finished = job.on_main(lambda: finished)
-    verdicts = _run(console, cells, finished, kept if speaks else None, job, arguments.device)
+    verdicts = _run(console, cells, finished, kept if speaks else None, job, arguments.device, arguments.pools)
     if speaks:
         report.summarise(console, verdicts)
         if arguments.json is not None:
@@ -106,15 +110,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="the whole matrix, resumable")
     parser.add_argument("--bytes", action="store_true", help="compare messages and bytes with the formulas instead")
     for name, text in (
-        ("mixer", "only these mixers (attention_window and language_model too)"),
-        ("engine", "only these exchanges or attention engines"),
-        ("layout", "only these layouts (uneven, empty_first, empty_middle, empty_last too)"),
+        ("mixer", "only these mixers (attention_window, *_one_head, encoder_* and language_model too)"),
+        ("engine", "only these exchanges or attention engines (hierarchical_log, all_gather_sliced, ring_kv, ring_q too)"),
+        ("layout", "only these layouts (uneven, empty_first, empty_middle, empty_last, striped_wide too)"),
         ("documents", "only these tables: one, many_short, edge, spanning, mixed"),
         ("stream", "only these: fresh, kept (a state flows out), continued (one flows in and out)"),
         ("dtype", "only these: fp64, fp32"),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar="NAME", help=text)
     parser.add_argument("--ranks", nargs="+", type=int, default=[], metavar="N", help="only these numbers of ranks")
+    parser.add_argument("--pools", type=int, metavar="N", help="run so many cells at once (default: what keeps the cores busy)")
     parser.add_argument("--module", metavar="PACKAGE.MODULE:CLASS", help="verify a mixer of your own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where every rank has one")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep verdicts here and skip those that are (JSON lines)")
@@ -139,38 +144,44 @@ def _run(
     kept: ResultsFile | None,
     job: Runtime | None,
     device: str,
+    pools: int | None,
 ) -> list[Verdict]:
     """The verdicts on all cells, in their order."""
     todo = [cell for cell in cells if cell not in finished]
     skipped = f", {len(cells) - len(todo)} of them finished before" if len(todo) < len(cells) else ""
     served = [cell for cell in todo if refusal(cell) is None]
-    seconds = _estimate(served, finished.values())
+    seconds = _estimate(served, finished.values(), lambda ranks: 1 if job else pools or crew_size(ranks, _device(device, ranks)))
     where = f"; verdicts in {kept.path}" if kept is not None else ""
     console.print(f"{len(cells)} cells{skipped}; about {_duration(seconds)}{where}", highlight=False, soft_wrap=True)
     display = report.Display(console, max(len(todo), 1))
     verdicts = {cell: finished[cell] for cell in cells if cell in finished}
-    workers: Job | Pool | None = Job(job) if job is not None else None
+    crew: Crew | None = None if job is None else Crew([Job(job)])
+
+    def add(verdict: Verdict) -> None:
+        verdicts[verdict.cell] = verdict
+        if kept is not None:
+            kept.append(verdict)
+        display.add(verdict)
+
     try:
-        for cell in todo:
-            reason = refusal(cell)
-            if reason is not None:
-                verdict = judge(cell, [Answer("refused", {}, reason)], 0.0)
-            else:
-                if job is None and (workers is None or workers.size != cell.ranks):  # type: ignore[union-attr]
-                    if workers is not None:
-                        workers.close()
-                    workers = Pool(cell.ranks, _device(device, cell.ranks))
-                assert workers is not None
-                start = time.perf_counter()
-                verdict = judge(cell, workers.run(cell), time.perf_counter() - start)
-            verdicts[cell] = verdict
-            if kept is not None:
-                kept.append(verdict)
-            display.add(verdict)
+        for ranks, group in itertools.groupby(todo, key=lambda cell: cell.ranks):
+            asked = list(group)
+            for cell in asked:
+                reason = refusal(cell)
+                if reason is not None:
+                    add(judge(cell, [Answer("refused", {}, reason)], 0.0))
+            if job is None:
+                if crew is not None:
+                    crew.close()
+                place = _device(device, ranks)
+                crew = Crew([Pool(ranks, place) for _ in range(pools or crew_size(ranks, place))])
+            assert crew is not None
+            for cell, answers, seconds in crew.run_all([cell for cell in asked if refusal(cell) is None]):
+                add(judge(cell, answers, seconds))
     finally:
         display.close()
-        if workers is not None:
-            workers.close()
+        if crew is not None:
+            crew.close()
     return [verdicts[cell] for cell in cells]
 
 
@@ -182,14 +193,18 @@ def _device(asked: str, ranks: int) -> str:
     return "cuda" if asked != "cpu" and enough else "cpu"
 
 
-def _estimate(cells: Sequence[Cell], finished: Iterable[Verdict]) -> float:
-    """Seconds, from the cells already timed where there are some of as many ranks."""
+def _estimate(cells: Sequence[Cell], finished: Iterable[Verdict], pools: Callable[[int], int]) -> float:
+    """Seconds, from the cells already timed where there are some of as many ranks; with so many pools of them at once."""
     times: dict[int, list[float]] = {}
     for verdict in finished:
         if verdict.seconds:
             times.setdefault(verdict.cell.ranks, []).append(verdict.seconds)
     means = {ranks: sum(own) / len(own) for ranks, own in times.items()}
-    return sum(means.get(cell.ranks, SECONDS.get(cell.ranks, 0.05 * cell.ranks)) for cell in cells)
+    counts = Counter(cell.ranks for cell in cells)
+    return sum(
+        count * (means[ranks] / pools(ranks) if ranks in means else SECONDS.get(ranks, 0.05 * ranks))
+        for ranks, count in counts.items()
+    )
 
 
 def _duration(seconds: float) -> str:

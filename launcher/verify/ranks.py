@@ -7,6 +7,7 @@ new one.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +35,8 @@ from .traffic import Question, count
 START_TIMEOUT = 120.0  # seconds; a loaded machine imports torch slowly
 CELL_TIMEOUT = 120.0
 GRACE = 0.5  # seconds in which peers may say what they know of a failure
+_STARTING = threading.Lock()  # pools may be started by several threads
+AHEAD = 4  # cells that ranks have been asked: they do not wait for the parent between two
 
 
 class Answer(NamedTuple):
@@ -78,6 +82,10 @@ class Job:
         rows = self.comm.all_gather(padded.to(self.runtime.device), "verify").wait().cpu()
         return [_answer(json.loads(bytes(row.tolist()))) for row in rows]
 
+    def run_all(self, cells: Sequence[Cell]) -> Iterator[list[Answer]]:
+        """The same for each of them, in order."""
+        return (self.run(cell) for cell in cells)
+
     def close(self) -> None:
         """Nothing: the job goes on."""
 
@@ -103,16 +111,28 @@ class Pool:
 
     def run(self, asked: Cell | Question) -> list[Answer]:
         """The answers of all ranks. A rank that died or hangs is an "error"."""
-        if not self.processes:
-            self._start()
+        return next(self.run_all([asked]))
+
+    def run_all(self, asked: Sequence[Cell | Question]) -> Iterator[list[Answer]]:
+        """The same for each of them, in order; ranks are asked a few ahead."""
+        sent = done = 0
         try:
-            answers = self._ask(asked, CELL_TIMEOUT)
-        except BaseException:  # Ctrl-C too: the ranks are still busy
-            self.kill()
-            raise
-        if any(found.kind == "error" for found in answers):
-            self.kill()
-        return answers
+            while done < len(asked):
+                if not self.processes:
+                    self._start()
+                    sent = done  # what ranks before these had been asked they did not answer
+                for question in asked[sent : done + AHEAD]:
+                    self._send(question)
+                sent = max(sent, min(done + AHEAD, len(asked)))
+                answers = self._collect(CELL_TIMEOUT)
+                done += 1
+                if any(found.kind == "error" for found in answers):
+                    self.kill()
+                    sent = done
+                yield answers
+        finally:
+            if sent > done:  # after Ctrl-C, or for a reader who wants no more: the ranks are still busy
+                self.kill()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -132,10 +152,10 @@ class Pool:
             self.kill()
             raise RuntimeError(f"{self.size} ranks did not start:\n{failed[0].message}")
 
-    def _ask(self, asked: Cell | Question, timeout: float) -> list[Answer]:
+    def _send(self, asked: Cell | Question) -> None:
         for channel in self.channels:
-            channel.send(asked)
-        return self._collect(timeout)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a rank that died: it is found when it is read
+                channel.send(asked)
 
     def _collect(self, timeout: float) -> list[Answer]:
         answers: dict[int, Answer] = {}
@@ -156,8 +176,14 @@ class Pool:
         silent = Answer("error", {}, "no answer: it waits for a rank that failed" if answers else f"no answer in {timeout:g} s")
         return [answers.get(rank, silent) for rank in range(self.size)]
 
+    def abort(self) -> None:
+        """End the ranks at once; whoever reads their answers in another thread finds them dead."""
+        for process in list(self.processes):
+            with contextlib.suppress(ValueError):  # that thread was faster
+                process.kill()
+
     def kill(self) -> None:
-        """End the ranks at once."""
+        """End the ranks at once, and clean up."""
         for process in self.processes:
             process.kill()
         self._release()
@@ -188,15 +214,16 @@ class Pool:
 
 def _start_server() -> None:
     """Start the fork server with one thread a process."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    with _STARTING:
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            forkserver.ensure_running()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
 
 
 def _serve(channel: connection.Connection, rank: int, size: int, folder: str, device: str) -> None:
@@ -215,7 +242,10 @@ def _serve(channel: connection.Connection, rank: int, size: int, folder: str, de
         os._exit(1)
     try:
         while (asked := channel.recv()) is not None:
-            channel.send(tuple(answer(checker, asked)))
+            said = answer(checker, asked)
+            channel.send(tuple(said))
+            if said.kind == "error":
+                threading.Event().wait()  # for the end: peers wait in a collective, which the next cell's would meet
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)
     runtime.close()

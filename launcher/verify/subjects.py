@@ -81,6 +81,8 @@ BOTH_WAYS = ("jrt",)
 USUAL = {"A_log": (-6.0, -4.0), "log_A_real": (-4.0, -2.0)}
 
 WINDOW = "attention_window"
+# One head: an axis of length one must not be taken for one that broadcasts, and most ranks get no head of it.
+ONE_HEAD = {"mamba2_one_head": "mamba2", "gla_one_head": "gla", "attention_one_head": "attention"}
 MODEL = "language_model"
 ENCODERS = {f"encoder_{name}": name for name in encoder.MIXERS}
 
@@ -109,8 +111,8 @@ class Subject(NamedTuple):
 
 
 def names() -> list[str]:
-    """Every registered mixer, attention with a window, the encoder's mixers, and the language model."""
-    return [*MIXERS, WINDOW, *ENCODERS, MODEL]
+    """Every registered mixer, attention with a window, mixers of one head, the encoder's mixers, and the language model."""
+    return [*MIXERS, WINDOW, *ONE_HEAD, *ENCODERS, MODEL]
 
 
 @functools.cache
@@ -147,8 +149,14 @@ def _registered(name: str) -> nn.Module:
     if name in ENCODERS:
         sizes = encoder.EncoderConfig(hidden_size=WIDTH, num_heads=4, max_positions=64, projected=5)
         return prepared(_Stateless(encoder.MIXERS[ENCODERS[name]](sizes)), {})
-    mixer = "attention" if name == WINDOW else name
-    options = {"attention": replace(ModelConfig().attention, window=9)} if name == WINDOW else {}
+    mixer = "attention" if name == WINDOW else ONE_HEAD.get(name, name)
+    options: dict[str, Any] = {}
+    if name == WINDOW:
+        options = {"attention": replace(ModelConfig().attention, window=9)}
+    if name in ONE_HEAD:
+        heads = {"head_dim": 2 * WIDTH, "num_groups": 1} if mixer == "mamba2" else {}
+        own = replace(getattr(config(), mixer), **heads)
+        options = {"num_heads": 1, "num_kv_heads": 1, mixer: own}
     return prepared(MIXERS[mixer].build(config(**options), LAYER), REMEMBER.get(mixer, {}))
 
 

@@ -32,6 +32,9 @@ UNEVEN = {
     "empty_last": "the last rank has nothing",
 }
 
+WIDE = "striped_wide"
+STRIPE = 3  # tokens of a stripe, where it is not the layout's own choice (here a single one)
+
 
 def documents(table: str, stream: str) -> Documents:
     """The stream of a cell."""
@@ -47,12 +50,14 @@ def documents(table: str, stream: str) -> Documents:
 
 
 def layout_names() -> list[str]:
-    """All registered layouts, and contiguous ones of awkward shares."""
-    return [*LAYOUTS, *UNEVEN]
+    """All registered layouts, contiguous ones of awkward shares, and wide stripes."""
+    return [*LAYOUTS, *UNEVEN, WIDE]
 
 
 def layout_of(name: str, ranks: int) -> tuple[str, dict[str, Any]] | None:
     """The registered layout and its options, or None where that many ranks cannot have it."""
+    if name == WIDE:
+        return "striped", {"block": STRIPE}
     if name not in UNEVEN:
         return name, {}
     if ranks < (3 if name == "empty_middle" else 2):

@@ -1,4 +1,4 @@
-"""Twelve known bugs of sequence-parallel training, patched into the product code of the process that asks.
+"""Thirteen known bugs of sequence-parallel training, patched into the product code of the process that asks.
 
 Each is a context manager. What is patched is what a person could have written there; nothing of the verification is.
 """
@@ -22,6 +22,7 @@ from longhaul.models.ops.affine import Constant, Dense
 from longhaul.models.ops.chain import Link
 from longhaul.models.ops.routing import Buckets
 from longhaul.models.ops.scalar_decay import ScalarDecay
+from longhaul.models.ops.scalar_decay.products import Chunks
 from longhaul.models.ops.segments import Documents, Segments
 from longhaul.parallel.attention import all_gather as gathered_attention
 from longhaul.parallel.comm import Comm
@@ -71,6 +72,19 @@ def halo_across_documents() -> Patch:
             return right(segments, taps, device)
 
     with patch.object(convolution, "_make_edges", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def one_head_broadcasts() -> Patch:
+    """One head's decays are taken for decays that all heads share, which have no gradient."""
+    right = Chunks.local_gradients
+
+    def wrong(self: Chunks, *args: Any, **kwargs: Any) -> Any:
+        dq, dk, dv, dlog = right(self, *args, **kwargs)
+        return dq, dk, dv, dlog.zero_() if dlog is not None and dlog.shape[2] == 1 else dlog
+
+    with patch.object(Chunks, "local_gradients", wrong):
         yield
 
 

@@ -33,6 +33,7 @@ class Known(NamedTuple):
 KNOWN = (
     Known("missing_transpose", lambda c: c.mixer in ("gated_deltanet", "kimi_delta", "rwkv7"), "gradient"),
     Known("no_boundary_term", lambda c: c.mixer == "mamba2", "gradient of A_log"),
+    Known("one_head_broadcasts", lambda c: c.mixer == "mamba2_one_head", "gradient of A_log"),
     Known("halo_across_documents", lambda c: c.mixer in ("mamba2", "deltanet") and c.documents != "one", "isolation"),
     Known("decay_off_by_one", lambda c: c.mixer in ("lightning", "retention"), "output"),
     Known("leak_at_a_reset", lambda c: c.mixer in LINEAR and c.documents != "one" and c.stream != "fresh", "state"),

@@ -10,10 +10,13 @@ import pytest
 
 from longhaul.launcher.verify import results
 from longhaul.launcher.verify.cells import (
+    ATTENTION_NAMES,
     AXES,
     DEFAULT_RANKS,
+    EXCHANGE_NAMES,
     MANY_RANKS,
     RANKS,
+    VARIANTS,
     Cell,
     Narrowing,
     exists,
@@ -29,6 +32,7 @@ from longhaul.launcher.verify.tables import DOCUMENTS, NUM_TOKENS, documents, la
 from longhaul.models.mixers.registry import MIXERS
 from longhaul.parallel.attention.registry import ENGINES
 from longhaul.parallel.exchange.registry import EXCHANGES
+from longhaul.parallel.layout import LAYOUTS
 
 CELL = Cell("mamba2", "ring", "zigzag", "mixed", "fresh", "fp64", 2)
 
@@ -36,7 +40,9 @@ CELL = Cell("mamba2", "ring", "zigzag", "mixed", "fresh", "fp64", 2)
 def test_every_pair_that_is_served_is_covered() -> None:
     cells = [cell for cell in pairwise(Narrowing(ranks=(3,))) if refusal(cell) is None]
     covered = {pair for cell in cells for pair in itertools.combinations(enumerate(cell), 2)}
-    assert set(MIXERS) <= {cell.mixer for cell in cells} and {*EXCHANGES, *ENGINES} <= {cell.engine for cell in cells}
+    assert set(names()) == {cell.mixer for cell in cells} and set(MIXERS) <= set(names())
+    assert {*EXCHANGES, *ENGINES, *VARIANTS} == {cell.engine for cell in cells}
+    assert {*LAYOUTS, *layout_names()} == {cell.layout for cell in cells}
     for axes in spaces(Narrowing(), (3,)):
         for (i, a), (j, b) in itertools.combinations(enumerate(AXES), 2):
             for x, y in itertools.product(axes[a], axes[b]):
@@ -50,7 +56,7 @@ def test_every_pair_that_is_served_is_covered() -> None:
 
 def test_the_default_matrix_is_small_and_the_whole_one_has_it_all() -> None:
     few, everything = pairwise(Narrowing()), whole(Narrowing())
-    assert len(few) < 800 and {cell.ranks for cell in few} == set(DEFAULT_RANKS)
+    assert len(few) < 900 and {cell.ranks for cell in few} == set(DEFAULT_RANKS)
     assert {cell.ranks for cell in everything} == {*RANKS, *MANY_RANKS}
     product = {cell._replace(stream="") for cell in everything}
     assert {cell._replace(stream="") for cell in few if refusal(cell) is None} <= product
@@ -58,14 +64,14 @@ def test_the_default_matrix_is_small_and_the_whole_one_has_it_all() -> None:
 
 def test_refusals_are_these() -> None:
     refused = {}
-    for mixer, engine, layout in itertools.product(names(), [*EXCHANGES, *ENGINES], layout_names()):
-        fits = engine in (EXCHANGES if subject(mixer).recurrent else ENGINES)
+    for mixer, engine, layout in itertools.product(names(), {*EXCHANGE_NAMES, *ATTENTION_NAMES}, layout_names()):
+        fits = engine in (EXCHANGE_NAMES if subject(mixer).recurrent else ATTENTION_NAMES)
         cell = Cell(mixer, engine, layout, "one", "fresh", "fp64", 4)
         if fits and exists(cell) and refusal(cell) is not None:
             refused[engine, layout, mixer if not subject(mixer).recurrent else "recurrent"] = refusal(cell)
-    many_parts = ("zigzag", "striped", "contiguous_per_document", "zigzag_per_document")
-    expected = {(engine, "striped", "recurrent") for engine in EXCHANGES}
-    expected |= {("hierarchical", layout, "recurrent") for layout in many_parts}
+    many_parts = ("zigzag", "striped", "striped_wide", "contiguous_per_document", "zigzag_per_document")
+    expected = {(engine, layout, "recurrent") for engine in EXCHANGE_NAMES for layout in ("striped", "striped_wide")}
+    expected |= {(engine, layout, "recurrent") for engine in ("hierarchical", "hierarchical_log") for layout in many_parts}
     expected |= {("rsa", layout, "attention_window") for layout in layout_names()}
     assert set(refused) == expected
 

@@ -56,6 +56,25 @@ def test_the_cell_after_a_broken_rank_has_new_ones(tmp_path: Path, capsys: pytes
     assert "broken on purpose" in capsys.readouterr().out
 
 
+def test_pools_share_the_cells(tmp_path: Path) -> None:
+    document, kept = tmp_path / "out.json", tmp_path / "kept.jsonl"
+    narrow = ("--documents", "mixed", "one", "edge", "--stream", "kept", "--dtype", "fp64", "--layout", "contiguous")
+    arguments = ("--mixer", "retention", "--engine", "ring", *narrow, "--ranks", "1", "2", "--pools", "2", "--results", str(kept))
+    assert verify(*arguments, "--all", "--json", str(document)) == 0
+    found = json.loads(document.read_text())
+    keys = [(cell["cell"]["ranks"], cell["cell"]["documents"]) for cell in found["cells"]]
+    assert len(set(keys)) == len(keys) == found["passed"] >= 2 and len(kept.read_text().splitlines()) == len(keys)
+
+
+def test_a_broken_rank_ends_one_cell_of_its_pool(tmp_path: Path) -> None:
+    document = tmp_path / "out.json"
+    narrow = ("--engine", "ring", "--layout", "contiguous", "--documents", "mixed", "one", "--stream", "fresh", "--dtype", "fp64")
+    arguments = ("--module", "tests.verify.mixers:Broken", *narrow, "--ranks", "2", "--pools", "2")
+    assert verify(*arguments, "--json", str(document)) == 1
+    verdicts = json.loads(document.read_text())["cells"]
+    assert verdicts and all("broken on purpose" in verdict["message"] for verdict in verdicts)
+
+
 def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "bytes.json"
     assert verify("--bytes", "--ranks", "2", "--engine", "ring", "--json", str(document)) == 0
@@ -69,6 +88,7 @@ def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (("--mixer", "mamba7"), "--mixer 'mamba7' is not known"),
         (("--ranks", "0"), "--ranks 0 must lie between"),
+        (("--pools", "0"), "--pools 0 must be at least 1"),
         (("--module", "nowhere.at.all:Mixer"), "cannot be imported"),
         (("--module", "tests.verify.mixers"), "names no class"),
         (("--module", "tests.verify.mixers:Nothing"), "has no 'Nothing'"),
