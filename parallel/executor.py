@@ -71,6 +71,7 @@ class Executor:
         self.ledger = ledger if ledger is not None else Ledger()
         self._alone = make_engine(Comm(None, self.ledger))
         self._engines: dict[range, SequenceParallel | None] = {}
+        self._recurrent = False
         self._everyone = Comm(dist.group.WORLD if mesh.degrees.world_size > 1 else None, self.ledger)
 
     @property
@@ -83,11 +84,19 @@ class Executor:
         if ranks not in self._engines:
             group = self.mesh.block(ranks.start, len(ranks))
             inside = self.mesh.data_rank in ranks
-            self._engines[ranks] = self.make_engine(Comm(group, self.ledger, self.wire)) if inside else None
+            engine = self.make_engine(Comm(group, self.ledger, self.wire)) if inside else None
+            if engine is not None and self._recurrent:
+                engine.prepare(self.device)
+            self._engines[ranks] = engine
         return self._engines[ranks]
 
     def check(self, recurrent: bool, masks: Iterable[Mask] = ()) -> None:
-        """Refuse, with a `UserError` and before the first step, a model that these engines cannot serve."""
+        """Refuse, with a `UserError` and before the first step, a model that these engines cannot serve.
+
+        Args:
+            recurrent, masks: as `LanguageModel.needs` says.
+        """
+        self._recurrent = recurrent
         engine = self.engine(self.largest)
         if engine is not None:
             engine.check(recurrent, masks)

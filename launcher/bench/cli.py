@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "overlap": ("longhaul.launcher.bench.overlap", "how much of a slow wire's delay a step feels"),
     "engines": ("longhaul.launcher.bench.engines", "exchanges and attention engines by length and ranks, and `auto`"),
     "wire": ("longhaul.launcher.bench.wire", "counted bytes beside the operating system's counters"),
+    "planner": ("longhaul.launcher.bench.planner", "steps of long-tailed documents, planned and of one degree"),
     "stream": ("longhaul.launcher.bench.stream", "a training step on a stream longer than memory, chunk by chunk"),
 }
 

@@ -59,10 +59,15 @@ def check_planner(parallel: ParallelConfig) -> None:
             f"parallel.pipeline_parallel_size is {parallel.pipeline_parallel_size}: a pipeline passes on micro-batches of one "
             "size, from one group to the next, and those of parallel.planner differ in size and group; leave one of the two out."
         )
-    if parallel.tensor_parallel_size != 1:
+    if parallel.expert_parallel_size != 1:
         raise UserError(
-            f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size}, which parallel.planner does not serve yet: leave "
+            f"parallel.expert_parallel_size is {parallel.expert_parallel_size}, which parallel.planner does not serve yet: leave "
             "one of the two out."
+        )
+    if parallel.data_parallel_backend not in ("fsdp", "ddp"):
+        raise UserError(
+            f"parallel.data_parallel_backend {parallel.data_parallel_backend} counts micro-batches itself, but those of "
+            "parallel.planner differ in number from step to step: use fsdp or ddp."
         )
     for name, two_levels, instead in (("exchange", "hierarchical", "log_scan"), ("attention", "usp", "ulysses")):
         if getattr(parallel, name) == two_levels:

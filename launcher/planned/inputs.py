@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.plan.calibrate import read_calibration
 from longhaul.launcher.plan.census import facts_of
@@ -20,9 +18,10 @@ from longhaul.parallel.network import probe
 from longhaul.parallel.planner import Cluster, CostModel, Link
 from longhaul.parallel.planner.cluster import kinds_of
 from longhaul.parallel.planner.problem import Problem
+from longhaul.parallel.runtime import Runtime
 
 
-def planner_inputs(config: TrainConfig, places: Comm, device: torch.device) -> tuple[Cluster, CostModel]:
+def planner_inputs(config: TrainConfig, places: Comm, runtime: Runtime) -> tuple[Cluster, CostModel]:
     """Cluster and cost model of a run, the same on every process.
 
     Args:
@@ -44,7 +43,8 @@ def planner_inputs(config: TrainConfig, places: Comm, device: torch.device) -> t
                 "mend its ranks or start as many processes."
             )
     elif wanted.memory_tokens is not None:
-        network = probe(places, device)
+        network = probe(places, runtime.device)
+        network = runtime.on_main(lambda: network)  # ranks that divide heads measured other groups
         link = {"span": places.size, "bandwidth": network.collective.bytes_per_s, "latency": network.message.latency_s}
         values = {"ranks": places.size, "links": [link]}
     else:

@@ -10,6 +10,7 @@ from longhaul.launcher.batches import stream_indices
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.data import Data
 from longhaul.launcher.engines import engine_arguments
+from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.data import DataParallel
@@ -47,18 +48,25 @@ def planned_stepper(
     whole = model.model
     assert isinstance(whole, LanguageModel)
     places = Comm(mesh.data_group, engine.ledger)
-    cluster, costs = planner_inputs(config, places, runtime.device)
+    cluster, costs = planner_inputs(config, places, runtime)
     longest = max(int(corpus.lengths.max()) for corpus in (data.train_corpus, data.held_out_corpus) if corpus is not None)
-    check_lengths(min(longest, config.data.seq_length), cluster, costs, config.train.stream_tokens)
+    longest = min(longest + config.data.repeat_context, config.data.seq_length)
+    check_lengths(longest, cluster, costs, config.train.stream_tokens)
     executor = Executor(
         mesh,
-        lambda comm: SequenceParallel(comm, **engine_arguments(config.parallel)),
+        lambda comm: SequenceParallel(comm, **engine_arguments(config.parallel), tensor=engine.tensor),
         device=runtime.device,
         ledger=engine.ledger,
     )
     executor.check(*whole.needs())
     batch = config.train.global_batch_size
     assert batch is not None, "resolved"
+    if config.model.prefix_length and batch > 1:
+        raise UserError(
+            f"model.prefix_length {config.model.prefix_length} asks whether a document began in an earlier stream, which "
+            f"parallel.planner tells of one document a group: set train.global_batch_size to 1, not {batch}, and data.seq_length "
+            "to the tokens of a step."
+        )
     planner = StepPlanner(
         lambda first: [data.train.stream(index) for index in stream_indices(first, batch, 0, 1)],
         batch,

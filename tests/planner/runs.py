@@ -38,7 +38,7 @@ def write_documents(folder: Path, seed: int = 3) -> Path:
         text = "".join(random.choice(list("the quick brown fox "), length))
         (folder / f"{index:03}.txt").write_text(text)
     kinds = ("linear_attention", "mamba2", "gated_deltanet", "mom", "attention", "dense", "head")
-    calibration = {"schema": 1, "rates": {kind: RATES for kind in kinds}}
+    calibration = {"schema": 1, "rates": dict.fromkeys(kinds, RATES)}
     (folder.parent / "calibration.json").write_text(json.dumps(calibration))
     return folder
 

@@ -71,6 +71,21 @@ def test_ranks_without_a_group_take_part(folder: Path, model: dict[str, Any], ba
     assert degrees == {1, 2} and idle
 
 
+@pytest.mark.parametrize("extra", ["tensor", "copies"])
+def test_planned_with_tensor_groups_and_with_copies(folder: Path, extra: str) -> None:
+    """A place of a plan is two ranks that divide the heads; fsdp shards inside two copies."""
+    few = {**HYBRID, "train.steps": 4}
+    static = run(folder, 1, few, dtype=torch.float64)[0]
+    key = "parallel.tensor_parallel_size" if extra == "tensor" else "parallel.data_parallel_replicate_size"
+    memory = {"parallel.planner.memory_tokens": 240} if extra == "tensor" else {}
+    found = run(folder, 4, {**few, **PLANNED, **memory, key: 2}, dtype=torch.float64)
+    for result in found:
+        assert result["plans"] == found[0]["plans"]
+        assert result["losses"] == pytest.approx(static["losses"], rel=1e-9)
+    degrees, _ = shapes(found[0]["plans"], 2)
+    assert degrees >= {1, 2}
+
+
 def test_planned_is_the_static_job_on_8_ranks_in_float64(folder: Path) -> None:
     few = {**HYBRID, "train.steps": 6, "data.seq_length": 500}
     static = run(folder, 1, few, dtype=torch.float64)[0]
