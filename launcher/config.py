@@ -12,6 +12,7 @@ from longhaul.models.errors import UserError
 from longhaul.models.ops.recompute import MODES as CHECKPOINTING
 from longhaul.parallel.data import BACKENDS
 from longhaul.parallel.mesh import Degrees
+from longhaul.parallel.pipeline.stages import SCHEDULES as PIPELINE_SCHEDULES
 
 from .engines import check_engines
 
@@ -43,7 +44,17 @@ class ParallelConfig:
     """Processes that share the heads of each layer and the vocabulary; neighbours, best inside a machine."""
 
     pipeline_parallel_size: int = 1
-    """Processes that share the layers; only 1 yet."""
+    """Processes that share the layers."""
+
+    pipeline_schedule: str = "1f1b"
+    """In which order a pipeline runs the streams of a step, each a micro-batch: gpipe, 1f1b; with several stages a process
+    interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble or dualpipev."""
+
+    pipeline_stages_per_rank: int | None = None
+    """Stages of layers on each process of a pipeline; 2 where the schedule allows several, if left out."""
+
+    pipeline_split: tuple[int, ...] | None = None
+    """Layers of each stage of a pipeline, [4,4,4,3]; cut by the layers' FLOPs and the head's if left out."""
 
     sequence_parallel_size: int = 1
     """Processes that share the tokens of each stream."""
@@ -130,13 +141,14 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_planner(self)
-        for name in ("pipeline", "expert"):
+        for name in ("expert",):
             size = getattr(self, f"{name}_parallel_size")
             if size != 1:
                 raise UserError(
                     f"parallel.{name}_parallel_size is {size}, but {name} parallelism is not there yet: leave it at 1 "
                     "and use parallel.sequence_parallel_size or parallel.data_parallel_size."
                 )
+        _one_of("parallel.pipeline_schedule", self.pipeline_schedule, tuple(PIPELINE_SCHEDULES))
         _one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
         _one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
         _one_of("parallel.exchange_payload", self.exchange_payload, PRECISIONS)
@@ -373,6 +385,12 @@ class TrainConfig:
                 f"that asking for the next token inside it asks for what is seen, but data.prefix_length is "
                 f"{self.data.prefix_length}: set it to {self.model.prefix_length}."
             )
+
+    @property
+    def streams_per_group(self) -> int:
+        """Streams of a step for each data-parallel group; of a resolved run."""
+        assert self.train.global_batch_size is not None and self.parallel.data_parallel_size is not None, "resolved"
+        return self.train.global_batch_size // self.parallel.data_parallel_size
 
     def resolve(self, world_size: int) -> TrainConfig:
         """Every derived number filled in for `world_size` processes; UserError if something does not fit together."""

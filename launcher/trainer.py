@@ -25,6 +25,7 @@ from longhaul.parallel.data import DataParallel
 from longhaul.parallel.deepspeed import ZeroParallel
 from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
 from longhaul.parallel.mesh import ParallelMesh
+from longhaul.parallel.pipeline.layers import PipelineParallel
 from longhaul.parallel.runtime import Runtime
 from longhaul.parallel.tensor import TensorParallel
 
@@ -40,6 +41,7 @@ from .load import RESOLVED
 from .metrics import Metrics, traffic_of
 from .optimizer import learning_rate, make_optimizer, undecayed_names
 from .parsing import to_yaml
+from .pipelined import PipelinedStepper, stages_per_rank
 from .planned.setup import planned_stepper
 from .start import claim_folder, find_start, make_folder
 from .state import collect, fingerprint, restore
@@ -107,6 +109,7 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = model.flops_per_token(config.data.seq_length)
         undecayed = undecayed_names(model)
+        self.pipeline = self._pipeline(model)
         tensor = TensorParallel(model, Comm(self.mesh.tensor_group, self.ledger))
         self.model: DataParallel
         if config.parallel.data_parallel_backend == "deepspeed":
@@ -122,6 +125,7 @@ class Trainer:
                 parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
                 ledger=self.ledger,
                 tensor=tensor,
+                pipeline=self.pipeline,
             )
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)
         self.model.drive(self.optimizer)
@@ -133,7 +137,10 @@ class Trainer:
             "stop_signal": stop_signal,
         }
         self.planned = planned_stepper(config, self.data, self.model, self.mesh, self.engine, runtime, self.optimizer, options)
-        self.stepper: Stepper = self.planned or Stepper(self.model, self.engine, runtime, self.optimizer, **options)
+        stepper: Any = Stepper
+        if self.pipeline is not None:
+            stepper = functools.partial(PipelinedStepper, self.pipeline, config.streams_per_group)
+        self.stepper: Stepper = self.planned or stepper(self.model, self.engine, runtime, self.optimizer, **options)
         self.checkpoints = Checkpoints(self.folder, runtime, config.checkpoint.keep, config.checkpoint.background)
         self.fingerprint = fingerprint(config, self.data)
         self.step = 0
@@ -155,10 +162,22 @@ class Trainer:
         inside, across = self.mesh.sequence_levels(inner)
         return Comm(inside, self.ledger), Comm(across, self.ledger)
 
+    def _pipeline(self, model: LanguageModel) -> PipelineParallel | None:
+        """The model narrowed to the layers of this process, if processes divide them."""
+        parallel = self.config.parallel
+        if parallel.pipeline_parallel_size == 1:
+            return None
+        each = stages_per_rank(self.config)
+        comm = Comm(self.mesh.pipeline_group, self.ledger)
+        how = parallel.pipeline_schedule, each, parallel.pipeline_split, self.config.data.seq_length
+        return PipelineParallel(model, comm, *how)
+
     def _expected_traffic(self) -> ExpectedTraffic | None:
         """What a step should receive, where the streams of a step lie in one layout and run once."""
         config = self.config
         if self.engine.comm.size == 1 or config.train.stream_tokens is not None or config.parallel.planner.enabled:
+            return None
+        if self.pipeline is not None:
             return None
         return expected_traffic(
             self.model,
@@ -212,7 +231,8 @@ class Trainer:
             metrics.record(**describe_run(self.config, self.data, self.parameters, self.runtime.world_size))
             if self.runtime.is_main:
                 metrics.record(baselines=baselines(self.data))
-            for message in (*self.mesh.describe().splitlines(), *self.messages):
+            stages = self.pipeline.describe() if self.pipeline is not None else []
+            for message in (*self.mesh.describe().splitlines(), *stages, *self.messages):
                 metrics.message(message)
             news = EngineNews(self.engine, metrics)
             news.tell()

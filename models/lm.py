@@ -5,7 +5,7 @@ Legend: T tokens held here, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,33 @@ class LossOutput(NamedTuple):
     weight_sum: Tensor
     state: State | None
     aux_sum: Tensor | None = None
+
+
+class Between(NamedTuple):
+    """What one layer hands to the next, where a model is cut between layers.
+
+    `x` [T', D]; `memory`, the pools of the layers before, in order; `aux_sum`, the auxiliary losses of the layers run, as in
+    `LossOutput` but attached: it stays here, and belongs to the objective here. None if there is none.
+    """
+
+    x: Tensor
+    memory: tuple[Tensor, ...] = ()
+    aux_sum: Tensor | None = None
+
+
+class Layers(nn.ModuleList):
+    """Blocks by their number in the whole model, of which some may be elsewhere. Iterates over those that are here."""
+
+    def keep(self, numbers: set[int]) -> None:
+        """Drop the others; names stay."""
+        for number in {int(name) for name in self._modules} - numbers:
+            del self._modules[str(number)]
+
+    def numbered(self) -> Iterator[tuple[int, nn.Module]]:
+        """Blocks that are here, each with its number."""
+        for name, layer in self._modules.items():
+            assert layer is not None
+            yield int(name), layer
 
 
 class LanguageHead(nn.Module):
@@ -65,7 +92,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = Layers(Block(config, layer) for layer in range(config.num_layers))
+        self._pools = [getattr(layer.mixer, "pool_shape", None) for layer in self.layers]
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
@@ -91,8 +119,10 @@ class LanguageModel(nn.Module):
         state: State | None = None,
         labels: Tensor | None = None,
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, State | None] | LossOutput:
-        """Hidden states of the tokens held here, or their loss.
+        layers: range | None = None,
+        entering: Between | None = None,
+    ) -> tuple[Tensor, State | None] | LossOutput | Between:
+        """Hidden states of the tokens held here, or their loss; or, of a model that is cut between layers, what goes on.
 
         Args:
             tokens: int64 [T].
@@ -100,16 +130,21 @@ class LanguageModel(nn.Module):
             state: one entry a layer, of what came before the stream.
             labels: the next token of the same document, int64 [T], shifted before any sharding; with it the loss is returned.
             weights: of each token in the loss, [T]; ones if left out.
+            layers: those to run, by number; all if left out.
+            entering: what the layer before the first of them gave; tokens are embedded if left out.
 
         Returns:
             (hidden [T, D], state), or `LossOutput` if there are labels. The state is None unless `shard.keep_state`.
+            `Between` if there are layers after those that are run.
         """
-        x = self.embedding(tokens)
+        layers = range(self.config.num_layers) if layers is None else layers
+        if labels is not None and weights is None:
+            weights = torch.ones_like(labels, dtype=torch.float32)
+        x, memory = (self.embedding(tokens), ()) if entering is None else entering[:2]
         states: list[Any] = []
         auxiliary: list[Tensor] = []
-        memory: tuple[Tensor, ...] = ()
-        for index, layer in enumerate(self.layers):
-            before = None if state is None else state[index]
+        for index in layers:
+            layer, before = self.layers.get_submodule(str(index)), None if state is None else state[index]
             out = recompute.checkpoint(
                 layer, x, shard, before, memory, mode=self.activation_checkpointing, offload=self.activation_offload
             )
@@ -119,17 +154,40 @@ class LanguageModel(nn.Module):
                 auxiliary.append(out.aux)
             if out.pool is not None:
                 memory = (*memory, out.pool)
+        aux_sum: Tensor | None = None
+        if auxiliary and weights is not None and self.training:
+            per_document = torch.stack(auxiliary).sum(0)  # [layers, documents] -> [documents]
+            aux_sum = (per_document * shard.document_weights(weights)).sum()
+        if layers.stop < self.config.num_layers:
+            return Between(x, memory, aux_sum)
         hidden, final = self.norm(x), tuple(states) if shard.keep_state else None
         if labels is None:
             return hidden, final
-        if weights is None:
-            weights = torch.ones_like(labels, dtype=torch.float32)
         loss_sum, weight_sum = self.head(hidden, labels, weights)
-        if not auxiliary or not self.training:
+        if aux_sum is None:
             return LossOutput(loss_sum, weight_sum, final)
-        per_document = torch.stack(auxiliary).sum(0)  # [layers, documents] -> [documents]
-        aux_sum = (per_document * shard.document_weights(weights)).sum()
         return LossOutput(loss_sum + aux_sum, weight_sum, final, aux_sum.detach())
+
+    def keep(self, spans: Sequence[range]) -> None:
+        """Keep some runs of layers only, in place; the embedding with the first layer, norm and head with the last.
+
+        A tied embedding is kept with either, under the one name it has in the whole model. Before heads are cut.
+        """
+        kept = {number for span in spans for number in span}
+        first, last = 0 in kept, self.config.num_layers - 1 in kept
+        self.layers.keep(kept)
+        if not first and not (last and self.config.tie_embeddings):
+            self.embedding = None  # type: ignore[assignment]
+        if not last:
+            self.norm = None  # type: ignore[assignment]
+        if not last and not (first and self.config.tie_embeddings):
+            self.head = None  # type: ignore[assignment]
+
+    def between_shapes(self, shard: SequenceShard, layer: int) -> list[tuple[int, ...]]:
+        """Shapes of what enters a layer: x, then the pools of the layers before it, held here or not."""
+        rows = shard.share(torch.empty(shard.num_tokens, 0)).shape[0]
+        pools = [shape(shard.segments) for shape in self._pools[:layer] if shape is not None]
+        return [(rows, self.config.hidden_size), *pools]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, vocabulary]."""
@@ -137,7 +195,7 @@ class LanguageModel(nn.Module):
 
     def sublayers(self) -> Iterator[tuple[str, nn.Module]]:
         """Mixers and feed-forward layers by name: what adds to the stream of tokens, a sum over heads."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.layers.numbered():
             for name in ("mixer", "ffn"):
                 module = getattr(layer, name)
                 if module is not None:

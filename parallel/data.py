@@ -27,9 +27,11 @@ from longhaul.models.heads import Kept
 
 from .comm import Comm, Ledger
 from .mesh import ParallelMesh
+from .pipeline.layers import PipelineParallel
 from .tensor import TensorParallel
 
 BACKENDS = ("fsdp", "ddp", "deepspeed")
+BUCKET = 1 << 23  # elements of gradients in one message
 
 # Renamed in torch 2.13; the old names warn there.
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -50,6 +52,7 @@ class DataParallel:
         parameter_dtype: in which fsdp gathers parameters; their own type if None. Gradients are summed in float32 then.
         ledger: where traffic is counted.
         tensor: what of the model this rank holds, if ranks divide heads.
+        pipeline: which layers it holds, if ranks divide layers; gradients then go out once a step (`whole_step`).
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class DataParallel:
         parameter_dtype: torch.dtype | None = None,
         ledger: Ledger | None = None,
         tensor: TensorParallel | None = None,
+        pipeline: PipelineParallel | None = None,
     ) -> None:
         assert backend in BACKENDS, backend
         ledger = ledger if ledger is not None else Ledger()
@@ -68,12 +72,17 @@ class DataParallel:
         """The model itself: its names are those of checkpoints."""
         self._forward: Any = model
         self.tensor = tensor or TensorParallel(model, Comm(None, ledger))
+        self.pipeline = pipeline
+        self.dtype = parameter_dtype or next(model.parameters()).dtype
+        """In which parameters are computed with."""
         self._sharded = False
         self._gradient_comm = Comm(mesh.gradient_group, ledger)
         self._shard_comm = Comm(mesh.shard_group, ledger)
         self._data_comm = Comm(mesh.data_group, ledger)
         if mesh.gradient_mesh is None or backend == "deepspeed":
             return
+        if backend == "ddp" and pipeline is not None:
+            return  # DDP's hooks do not fire in backwards that are cut in two
         if backend == "ddp":
             self._forward = DistributedDataParallel(
                 model, process_group=mesh.gradient_group, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS
@@ -121,6 +130,46 @@ class DataParallel:
         else:
             yield
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Around a pipeline's schedule: parameters are gathered once, gradients are sent once, at its end."""
+        if not self._sharded:
+            yield
+            if self._gradient_comm.size > 1:
+                self._sum_gradients()
+            return
+        root: Any = self.model
+        root.set_is_last_backward(False)
+        root.set_requires_gradient_sync(False)
+        root.set_reshard_after_forward(False)
+        root.set_reshard_after_backward(False)
+        yield
+        root.set_is_last_backward(True)
+        root.set_requires_gradient_sync(True)
+        root.set_reshard_after_forward(True)
+        root.set_reshard_after_forward(False, recurse=False)  # fully_shard's own choice
+        root.set_reshard_after_backward(True)
+        # What the end of a backward does, by hand as in torch's pipeline stages: autograd.grad tells FSDP2 nothing.
+        state = fully_shard.state(root)  # type: ignore[attr-defined]
+        for module_state in state._state_ctx.all_states:
+            for group in module_state._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+
+    def _sum_gradients(self) -> None:
+        """Sum whole gradients over the gradient group, in messages of some million numbers."""
+        bucket: list[Tensor] = []
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for index, parameter in enumerate(parameters):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if index + 1 == len(parameters) or sum(gradient.numel() for gradient in bucket) >= BUCKET:
+                total = self._gradient_comm.all_reduce(torch.cat([gradient.flatten() for gradient in bucket]), "gradients").wait()
+                for gradient, summed in zip(bucket, total.split([gradient.numel() for gradient in bucket])):
+                    gradient.copy_(summed.view_as(gradient))
+                bucket = []
+
     def sum_over_streams(self, value: float, device: torch.device) -> float:
         """Add a number of this process's streams over all streams of the step; alike in a sequence group."""
         total = self._data_comm.all_reduce(torch.tensor(value, dtype=torch.float64, device=device), "step weight").wait()
@@ -142,13 +191,17 @@ class DataParallel:
     def finish_gradients(self) -> None:
         """What is left to sum after the backward of a step's last micro-batch; before gradients are read."""
         self.tensor.sum_shared_gradients()
+        if self.pipeline is not None:
+            self.pipeline.sum_tied_gradients()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, float64 []: over shards of all processes, each element once."""
         square = torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and (self.pipeline is None or self.pipeline.counts(name)):
                 square += self.tensor.square_norm(parameter.grad, name)
+        if self.pipeline is not None:
+            square = self.pipeline.comm.all_reduce(square, "gradient norm").wait()
         square = self.tensor.comm.all_reduce(square, "gradient norm").wait()
         if self._sharded:
             square = self._shard_comm.all_reduce(square, "gradient norm").wait()  # copies of a shard are alike

@@ -9,7 +9,7 @@ whose outputs always depend on its inputs: a fold in which some rank happens to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,27 @@ def gathered_fold(
     extra = () if state is None else state
     outputs = _GatheredFold.apply(fold, comm, label, len(element), *element, *extra)
     return outputs[: len(element)], outputs[len(element) :]
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+def join(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The same tensors, of one autograd node.
+
+    A backward that is cut in two (zero-bubble schedules) runs again, for the weights, from the nodes where a path from a
+    parameter meets one from the input. With this before it, a communicating function that takes both is no such node.
+    """
+    return _Join.apply(*tensors)
 
 
 def all_sum(x: Tensor, comm: Comm, label: str) -> Tensor:

@@ -20,7 +20,7 @@ from longhaul.models.sequence import Element, KVState, Monoid, SequenceShard, Wh
 
 from .comm import Comm
 from .exchange.base import Exchange
-from .functional import all_sum, gather_rows, gathered_fold, rows_of, scatter_sum
+from .functional import all_sum, gather_rows, gathered_fold, join, rows_of, scatter_sum
 from .layout import SequenceLayout
 
 
@@ -93,7 +93,7 @@ class RankShard(OwnedHeads):
 
     def scan(self, op: Recurrence, x: Sequence[Tensor | None], state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         carry = _Carry(self.exchange, self.chain)
-        return scan(op, x, self.segments, carry, initial=state, want_end=self.keep_state)
+        return scan(op, join(x), self.segments, carry, initial=state, want_end=self.keep_state)
 
     def halo(self, x: Tensor, width: int, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         # The last `width` tokens of a concatenation, an associative merge; how many each part gives is known to all.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..heads import Cut
 from ..ops.pool import POLICIES, Cells, PoolMerge, Selection, make_notes, pool_cells, read
+from ..ops.segments import Segments
 from ..sequence import SequenceShard
 from .mamba1 import Mamba1, Mamba1State
 from .mamba2 import Mamba2, Mamba2State
@@ -108,6 +110,11 @@ class PoolReader(nn.Module):
         return self.gate(x).sigmoid() * self.out(read(self.query(x), pools, cells))
 
 
+def pool_shape(block: int, slots: int, width: int, segments: Segments) -> tuple[int, int, int]:
+    """Shape of the pools a layer gives for the tokens held here, [M, K, W + 3], known before it runs."""
+    return pool_cells(segments, block, "cpu").num_cells, slots, width
+
+
 class MemMamba(nn.Module):
     """[T, D] -> [T, D]."""
 
@@ -121,6 +128,7 @@ class MemMamba(nn.Module):
         # Layers count from 1 in "every p-th"; the first has no layer before it.
         across = config.period > 0 and ordinal > 0 and (ordinal + 1) % config.period == 0
         self.layer_reader = PoolReader(hidden_size, config.summary_width) if across else None
+        self.pool_shape = partial(pool_shape, config.block, config.slots, config.summary_width + 3)
 
     @classmethod
     def build(cls, model: ModelConfig, layer: int) -> MemMamba:

@@ -90,7 +90,7 @@ FLAGS = [
     (["--checkpoint.keep", "-1"], r"checkpoint\.keep is -1"),
     (["--checkpoint.folder", ""], r"checkpoint\.folder is empty"),
     (["--parallel.tensor_parallel_size", "2"], r"tensor_parallel_size is 2, but tensor parallelism is not there yet"),
-    (["--parallel.pipeline_parallel_size", "2"], r"pipeline parallelism is not there yet"),
+    (["--parallel.pipeline_schedule", "2f2b"], r"pipeline_schedule is '2f2b': give gpipe, 1f1b"),
     (["--parallel.expert_parallel_size", "2"], r"expert parallelism is not there yet"),
     (["--parallel.data_parallel_backend", "zero"], r"give fsdp or ddp"),
     (["--parallel.parameter_dtype", "fp8"], r"parallel\.parameter_dtype is 'fp8'"),
