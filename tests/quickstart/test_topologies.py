@@ -11,17 +11,37 @@ import torch
 from longhaul.launcher.parsing import parse
 from longhaul.launcher.trainer import Trainer
 from longhaul.parallel.runtime import Runtime
+from longhaul.parallel.tensor import local_ranges
 from tests.harness.numerics import assert_close
 from tests.harness.pool import run_ranks
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 STEPS = 20
-TOPOLOGIES = {"sp1": (1, 1), "sp2": (1, 2), "sp4": (1, 4), "dp2": (2, 1), "dp2 x sp2": (2, 2)}  # name -> data, sequence
+TOPOLOGIES = {  # name -> data, sequence, tensor
+    "sp1": (1, 1, 1),
+    "sp2": (1, 2, 1),
+    "sp4": (1, 4, 1),
+    "dp2": (2, 1, 1),
+    "dp2 x sp2": (2, 2, 1),
+    "tp2": (1, 1, 2),
+    "tp2 x sp2": (1, 2, 2),
+    "dp2 x tp2": (2, 1, 2),
+}
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full(trainer: Trainer, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter of this name, or its gradient, put together from what ranks hold."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().clone()
+    whole = whole.detach().clone()
+    tensor_parallel = trainer.model.tensor
+    kept = tensor_parallel.kept.get(name)
+    if kept is None:
+        return whole
+    parts = whole.new_zeros(kept.shape)
+    for view, held in local_ranges(whole, kept):
+        assert held is not None
+        parts.narrow(kept.axis, held.start, held.stop - held.start).copy_(view / held.sharing)
+    return tensor_parallel.comm.all_reduce(parts, "test").wait()
 
 
 def job(rank: int, world_size: int, folder: str, overrides: list[str]) -> dict[str, Any]:
@@ -41,7 +61,7 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
     def keep_gradients(largest: float) -> torch.Tensor:
         if not first:
-            first.update({name: full(p.grad) for name, p in trainer.model.model.named_parameters()})
+            first.update({name: full(trainer, name, p.grad) for name, p in trainer.model.model.named_parameters()})
         return clip(largest)
 
     def keep_results(streams: Any, rate: float) -> Any:
@@ -52,14 +72,15 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
     trainer.model.clip_gradients, trainer.stepper.train = keep_gradients, keep_results
     trainer.run()
-    parameters = {name: full(p) for name, p in trainer.model.model.named_parameters()}
+    parameters = {name: full(trainer, name, p) for name, p in trainer.model.model.named_parameters()}
     return {"first": first, "norms": norms, "losses": losses, "parameters": parameters}
 
 
 def outcome(topology: str, folder: Path, *overrides: str) -> dict[str, Any]:
-    data, sequence = TOPOLOGIES[topology]
+    data, sequence, tensor = TOPOLOGIES[topology]
     degrees = ["--parallel.data_parallel_size", str(data), "--parallel.sequence_parallel_size", str(sequence)]
-    results = run_ranks(job, data * sequence, timeout=180, folder=str(folder), overrides=[*degrees, *overrides])
+    degrees += ["--parallel.tensor_parallel_size", str(tensor)]
+    results = run_ranks(job, data * sequence * tensor, timeout=180, folder=str(folder), overrides=[*degrees, *overrides])
     for result in results[1:]:
         assert result["norms"] == results[0]["norms"] and result["losses"] == results[0]["losses"]
     return results[0]
@@ -73,9 +94,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome("sp1", tmp_path_factory.mktemp("reference"), *PLAIN_SGD)
 
 
-@pytest.mark.parametrize(
-    "topology, backend", [("sp2", "fsdp"), ("sp4", "fsdp"), ("sp4", "ddp"), ("dp2", "ddp"), ("dp2 x sp2", "fsdp")]
-)
+SAME = [("sp2", "fsdp"), ("sp4", "fsdp"), ("sp4", "ddp"), ("dp2", "ddp"), ("dp2 x sp2", "fsdp")]
+SAME += [("tp2", "fsdp"), ("tp2 x sp2", "fsdp"), ("dp2 x tp2", "ddp")]
+
+
+@pytest.mark.parametrize("topology, backend", SAME)
 def test_plain_sgd_is_the_same_job(topology: str, backend: str, one_process: dict[str, Any], tmp_path: Path) -> None:
     found = outcome(topology, tmp_path, *PLAIN_SGD, "--parallel.data_parallel_backend", backend)
     for name, gradient in one_process["first"].items():
