@@ -166,8 +166,8 @@ class ParallelConfig:
             size = getattr(self, f"{name}_parallel_size")
             if self.data_parallel_backend == "deepspeed" and size != 1:
                 raise UserError(
-                    f"parallel.data_parallel_backend deepspeed works with parallel.{name}_parallel_size 1, not {size}: ZeRO takes "
-                    "every process to hold the same parameters; use fsdp."
+                    f"parallel.data_parallel_backend deepspeed works with parallel.{name}_parallel_size 1, not {size}: ZeRO "
+                    "takes every process to hold the same parameters; use fsdp."
                 )
         if self.data_parallel_replicate_size != 1 and self.data_parallel_backend != "fsdp":
             raise UserError(
@@ -305,8 +305,8 @@ class TrainingConfig:
         _one_of("train.precision", self.precision, (*PRECISIONS, "fp8"))
         if self.compile and self.activation_checkpointing == "selective":
             raise UserError(
-                "train.activation_checkpointing selective keeps products with weights, which compiled code does not show: set it to "
-                "none or full, or train.compile to false."
+                "train.activation_checkpointing selective keeps products with weights, which compiled code does not show: set "
+                "it to none or full, or train.compile to false."
             )
         _one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
