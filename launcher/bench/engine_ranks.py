@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longhaul.models.ops.affine import AffineMap, Constant
-from longhaul.models.ops.recurrence import EachPart, scan
+from longhaul.models.ops.affine import AffineMap, Constant, Dense, Linear
+from longhaul.models.ops.delta_rule.chunk import DeltaRule, delta_inputs
+from longhaul.models.ops.recurrence import EachPart, Inputs, Recurrence, scan
 from longhaul.models.ops.scalar_decay.chunk import ScalarDecay
 from longhaul.models.ops.segments import Documents, Segments
 from longhaul.models.sequence import KVState, WholeSequence
@@ -21,20 +22,44 @@ from longhaul.parallel.comm import Comm, Wire
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.exchange.auto import MEASURED
 from longhaul.parallel.exchange.base import Exchange
+from longhaul.parallel.exchange.registry import make_exchange
 from longhaul.parallel.layout import SequenceLayout
 from longhaul.parallel.runtime import Runtime
 
+from . import kv_ring
+from .kv_ring import Computed, Kernels, Seconds, Slept
+
 Work = Callable[[], None]
+KV_RING = "kv_ring"  # beside the names of exchanges
 
 
 class Layer(NamedTuple):
-    """Shape of the layer: a linear one has constant decays, so that a state is all that travels."""
+    """Shape of the layer, and of a linear one the kind of map: constant decays, so that a state is all that travels, or
+    (`dense`) the delta rule, whose M travels with gathers and logarithmic scans."""
 
     heads: int
     width: int  # K and V
+    dense: bool = False
 
     def decays(self) -> torch.Tensor:
         return -torch.linspace(1e-4, 1e-2, self.heads)
+
+    def op(self) -> Recurrence:
+        return DeltaRule() if self.dense else ScalarDecay(self.decays())
+
+    def inputs(self, tokens: int) -> Inputs:
+        """Random inputs of `op`, leaves that require gradients."""
+        q, k, v = (torch.randn(tokens, self.heads, self.width) for _ in range(3))
+        x: Inputs = (q, k, v, None)
+        if self.dense:
+            x = delta_inputs(q, torch.nn.functional.normalize(k, dim=-1), v, torch.full((tokens, self.heads), 0.5))
+        return tuple(None if tensor is None else tensor.detach().requires_grad_() for tensor in x)
+
+    def linear(self, tokens: int) -> Linear:
+        """A linear part of one map, as `op` would make it."""
+        if self.dense:
+            return Dense(0.9 * torch.eye(self.width).expand(1, self.heads, -1, -1).contiguous())
+        return Constant(self.decays(), [tokens])
 
 
 class Phases(NamedTuple):
@@ -56,13 +81,16 @@ class Cell(NamedTuple):
     tokens: int  # of the whole sequence
     phases: Phases | None = None
     fixed: Phases | None = None
+    blocks: Seconds | None = None  # the same for the kernels of a ring of keys and values
+    fixed_blocks: Seconds | None = None
+    cut: int | None = None  # blocks of a state in the all-scan; None: as it thinks best
 
 
 def measure_phases(layer: Layer, tokens: int, repeats: int = 5) -> Phases:
     """Medians of the phases on T tokens of one rank, in this process, with a state coming in and a cotangent."""
-    op = ScalarDecay(layer.decays())
+    op = layer.op()
     segments = Segments(Documents((0, tokens), first_position=1), [(0, tokens)])
-    x = (*(torch.randn(tokens, layer.heads, layer.width) for _ in range(3)), None)
+    x = tuple(None if tensor is None else tensor.detach() for tensor in layer.inputs(tokens))
     dout, state = torch.randn(tokens, layer.heads, layer.width), op.zero_state(x, segments)
     times: list[list[float]] = [[] for _ in Phases._fields]
 
@@ -83,16 +111,48 @@ def measure_phases(layer: Layer, tokens: int, repeats: int = 5) -> Phases:
     return Phases(*(median(column[1:]) for column in times))
 
 
+def measure_blocks(layer: Layer, tokens: int, repeats: int = 3) -> Seconds:
+    """Medians of the kernels of a ring of keys and values (`kv_ring`) on blocks of T tokens, in this process."""
+    kernels, shape = Computed(layer.decays()), (tokens, layer.heads, layer.width)
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    runs: list[Callable[[], Any]] = [
+        lambda: kernels.own(q, k, v),
+        lambda: kernels.own_backward(dout),
+        lambda: kernels.other(q, k, v, tokens),
+        lambda: kernels.other_backward(q, k, v, tokens, dout),
+    ]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for column, run in zip(times, runs):
+            start = time.perf_counter()
+            run()
+            column.append(time.perf_counter() - start)
+    return Seconds(*(median(column[1:]) for column in times))
+
+
+def ring_of_blocks(layer: Layer, comm: Comm, tokens: int, seconds: Seconds | None) -> tuple[Work, Work]:
+    """A ring of keys and values, and its local work alone; `seconds`: slept."""
+    kernels: Kernels = Computed(layer.decays()) if seconds is None else Slept(seconds)
+    bounds = [start for ((start, _),) in SequenceLayout.contiguous(tokens, comm.size).parts] + [tokens]
+    shape = (bounds[comm.rank + 1] - bounds[comm.rank], layer.heads, layer.width)
+    tensors = [torch.randn(shape) for _ in range(4)]
+
+    def full() -> None:
+        kv_ring.forward_backward(comm, kernels, bounds, *tensors)
+
+    return full, lambda: kv_ring.alone(comm, kernels, bounds, *tensors)
+
+
 def linear_computed(layer: Layer, comm: Comm, exchange: Exchange, tokens: int) -> tuple[Work, Work]:
     """The op with its exchange, and alone."""
-    op = ScalarDecay(layer.decays())
+    op = layer.op()
     shard = SequenceParallel(comm).shard(Documents((0, tokens)))
     chain = SequenceLayout.contiguous(tokens, comm.size).chain(Documents((0, tokens)))
-    x = [torch.randn(shard.num_tokens, layer.heads, layer.width, requires_grad=True) for _ in range(3)]
+    x = layer.inputs(shard.num_tokens)
     dy = torch.randn(shard.num_tokens, layer.heads, layer.width)
 
     def run(carry: Any) -> None:
-        scan(op, (*x, None), shard.segments, carry)[0].backward(dy)
+        scan(op, x, shard.segments, carry)[0].backward(dy)
 
     return lambda: run(Bound(exchange, chain)), lambda: run(EachPart(shard.segments))
 
@@ -115,7 +175,7 @@ def linear_slept(layer: Layer, comm: Comm, exchange: Exchange | None, tokens: in
     chain = SequenceLayout.contiguous(tokens, comm.size).chain(Documents((0, tokens)))
     length = next(link.length for link in chain if link.owner == comm.rank)
     state = torch.randn(1, layer.heads, layer.width, layer.width)
-    maps = AffineMap(state, Constant(layer.decays(), [length]))
+    maps = AffineMap(state, layer.linear(length))
     adjoint = maps.adjoint(torch.zeros_like(state) if comm.rank == 0 else state)
 
     def run() -> None:
@@ -169,8 +229,11 @@ def _measure(runtime: Runtime, layer: Layer, cell: Cell, wire: tuple[float, floa
     if cell.kind == "softmax":
         full, alone = softmax_computed(layer, comm, cell.engine, cell.tokens)
         _, one = softmax_computed(layer, comm, cell.engine, comm.size)
+    elif cell.engine == KV_RING:
+        full, alone = ring_of_blocks(layer, comm, cell.tokens, cell.blocks)
+        _, one = ring_of_blocks(layer, comm, comm.size, cell.fixed_blocks)
     else:
-        exchange = SequenceParallel(comm, exchange=cell.engine).exchange
+        exchange = make_exchange(cell.engine, comm, **({"blocks": cell.cut} if cell.engine == "all_scan" else {}))
         if cell.phases is not None and cell.fixed is not None:
             full = linear_slept(layer, comm, exchange, cell.tokens, cell.phases)
             alone, one = (linear_slept(layer, comm, None, cell.tokens, phases) for phases in (cell.phases, cell.fixed))

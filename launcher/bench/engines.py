@@ -9,7 +9,8 @@ One layer, forward and backward, in turns with and without its communication:
 Medians of paired differences; the slowest rank sets each time. `--delay` and `--bandwidth` emulate a wire in-process. More ranks
 than cores cannot compute side by side: `--compute sleep` sleeps instead, for the times that the kernels took alone at that
 length, so only communication is real (linear layers). `--namespaces` gives every rank a network of its own, whose rate the
-kernel shapes. `--regret` compares `auto` with the best exchange over a grid.
+kernel shapes. `kv_ring` is ring attention on the linear layer (`kv_ring.py`), for comparison. `--regret` compares `auto` with the
+best exchange over a grid.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from longhaul.parallel.attention.registry import ENGINES
 from longhaul.parallel.exchange.registry import EXCHANGES
 
 from . import namespaces, regret
-from .engine_ranks import Cell, Layer, Phases, measure, measure_phases
+from .engine_ranks import KV_RING, Cell, Layer, measure, measure_blocks, measure_phases
 from .namespaces import run_in_namespaces
 from .ranks import run_on_ranks
 
 # Engines of two levels need groups of nodes, which processes of one machine do not have.
-LINEAR = tuple(name for name in EXCHANGES if name != "hierarchical")
+LINEAR = (*(name for name in EXCHANGES if name != "hierarchical"), KV_RING)
 SOFTMAX = tuple(name for name in ENGINES if name != "usp")
 
 
@@ -58,11 +59,12 @@ def make_cells(options: argparse.Namespace, layer: Layer, ranks: int) -> list[Ce
     """All cells of one number of ranks; kernels are measured here, while nothing else of ours runs."""
     cells = []
     for tokens in options.lengths:
-        phases: Phases | None = None
-        fixed: Phases | None = None
+        slept: list[Any] = [None] * 4
         if options.compute == "sleep":
-            phases, fixed = measure_phases(layer, -(-tokens // ranks)), measure_phases(layer, 1)
-        cells += [Cell("linear", name, tokens, phases, fixed) for name in options.exchanges]
+            sizes = (-(-tokens // ranks), 1)
+            slept = [measure_phases(layer, size) for size in sizes]
+            slept += [measure_blocks(layer, size) if KV_RING in options.exchanges else None for size in sizes]
+        cells += [Cell("linear", name, tokens, *slept)._replace(cut=options.scan_blocks) for name in options.exchanges]
         if options.compute == "real":
             cells += [Cell("softmax", name, tokens) for name in options.attention]
     return cells
@@ -118,6 +120,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[str]:
     for title, fast, slow in (
         ("LASP-2 (all_gather) over LASP as published (ring_blocking)", ("linear", "all_gather"), ("linear", "ring_blocking")),
         ("LASP-2 (all_gather) over LASP, local work first (ring)", ("linear", "all_gather"), ("linear", "ring")),
+        ("LASP-2 (all_gather) over ring attention on the linear layer (kv_ring)", ("linear", "all_gather"), ("linear", KV_RING)),
         ("LASP-2 (all_gather) over softmax ring attention of that shape", ("linear", "all_gather"), ("softmax", "ring")),
         ("all_scan over all_gather", ("linear", "all_scan"), ("linear", "all_gather")),
     ):
@@ -143,10 +146,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--delay", type=float, default=0.0, help="ms of the emulated wire (default: no wire)")
     parser.add_argument("--bandwidth", type=float, default=0.0, help="MB/s of the emulated wire (default: unlimited)")
     parser.add_argument("--compute", choices=("real", "sleep"), default="real", help="(default: %(default)s)")
+    parser.add_argument("--scan-blocks", type=int, help="blocks of a state in all_scan (default: as it thinks best)")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of runs (default: %(default)s)")
     parser.add_argument("--regret", action="store_true", help="`auto` against the best exchange over a grid of wires")
     parser.add_argument("--delays", type=float, nargs="+", default=[0.1, 1, 5], help="ms, of the grid (default: 0.1 1 5)")
     parser.add_argument("--bandwidths", type=float, nargs="+", default=[20, 200, 2000], help="MB/s (default: 20 200 2000)")
+    parser.add_argument("--maps", nargs="+", choices=regret.MAPS, default=["scalar"], help="kinds, of the grid (default: scalar)")
     parser.add_argument("--namespaces", action="store_true", help="a network namespace for every rank (Linux, root)")
     parser.add_argument("--rate", help="of each namespace, as tc writes it: 200mbit (default: unlimited)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -156,6 +161,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if min(value) < smallest if isinstance(value, list) else value < smallest:
             raise UserError(f"--{name} is {value}: give at least {smallest}.")
+    if options.scan_blocks is not None and options.scan_blocks < 1:
+        raise UserError(f"--scan-blocks is {options.scan_blocks}: give at least 1, or leave it out.")
     for name in ("delay", "bandwidth"):
         if getattr(options, name) < 0 or min(getattr(options, f"{name}s")) < 0:
             raise UserError(f"--{name} is below 0: leave it out for none.")
@@ -176,12 +183,13 @@ def main(argv: Sequence[str]) -> int:
     rows: list[dict[str, Any]]
     if options.regret:
         wires = [(delay, bandwidth) for delay in options.delays for bandwidth in options.bandwidths]
-        rows = regret.run(options.ranks, options.lengths, wires, layer, options.repeats)
+        layers = [layer._replace(dense=maps == "dense") for maps in options.maps]
+        rows = regret.run(options.ranks, options.lengths, wires, layers, options.repeats, options.json)
         regret.show(rows, console)
     else:
         rows = run(options)
         show(rows, options, console)
-    if options.json is not None:
+    if options.json is not None and not options.regret:
         shared = {"heads": layer.heads, "width": layer.width, "delay_ms": options.delay, "bandwidth_mb_s": options.bandwidth}
         options.json.write_text(json.dumps({**shared, "compute": options.compute, "rows": rows}, indent=1) + "\n")
     return 0

@@ -22,7 +22,7 @@ from longhaul.models.errors import UserError
 from longhaul.models.ops.affine import AffineMap
 from longhaul.models.ops.recurrence import Pending
 from longhaul.parallel.comm import Comm
-from longhaul.parallel.network import LABEL, Link, Network, probe
+from longhaul.parallel.network import LABEL, Network, probe
 
 from .all_gather import AllGather
 from .all_scan import AllScan
@@ -77,7 +77,7 @@ class Auto(Exchange):
         self.network: Network | None = None
         self.levels: Levels | None = None
         if latency_s is not None and bytes_per_s is not None:
-            self.network = Network.even(comm.size, latency_s, bytes_per_s)
+            self.network = Network.even(comm.size, latency_s, bytes_per_s, forwards=comm.tagged)
         self.local_s_per_token = local_s_per_token
         self.choices: dict[tuple[Any, ...], Choice] = {}
         self._clocks: dict[tuple[object, ...], _Clock] = {}
@@ -111,10 +111,12 @@ class Auto(Exchange):
         """What was measured and decided, for people."""
         if self.network is None:
             return "auto: nothing was sent yet"
-        message, gather = self.network.message, self.network.collective
+        message, hop, gather = self.network.message, self.network.hop, self.network.collective
         lines = [
             f"auto on {self.comm.size} ranks: a message takes {1e6 * message.latency_s:.3g} us and "
-            f"{message.bytes_per_s:.2g} B/s, an all-gather {1e6 * gather.latency_s:.3g} us and {gather.bytes_per_s:.2g} B/s"
+            f"{message.bytes_per_s:.2g} B/s, a hop of a chain {1e6 * hop.latency_s:.3g} us and {hop.bytes_per_s:.2g} B/s, each "
+            f"message after it {1e6 * self.network.gap_s:.3g} us, "
+            f"an all-gather {1e6 * gather.latency_s:.3g} us and {gather.bytes_per_s:.2g} B/s"
         ]
         for (kind, shape, dtype, reverse, tokens, *_, timed), choice in self.choices.items():
             if not timed and (kind, shape, dtype, reverse) in self._rates:
@@ -138,13 +140,8 @@ class Auto(Exchange):
 
     def _agree(self, network: Network, device: torch.device) -> Network:
         """Each node measured its own links: all go by those of rank 0's."""
-        numbers: list[float] = []
-        for link in (network.message, network.collective, network.update):
-            numbers += [link.latency_s, link.bytes_per_s]
-        mine = torch.tensor(numbers, dtype=torch.float64, device=device)
-        told = self.comm.broadcast(mine, 0, LABEL).wait().tolist()
-        message, collective, update = (Link(*told[k : k + 2]) for k in (0, 2, 4))
-        return Network(network.ranks, message, collective, update)
+        mine = torch.tensor(network.numbers(), dtype=torch.float64, device=device)
+        return network.with_numbers(self.comm.broadcast(mine, 0, LABEL).wait().tolist())
 
     def _rate(self, kind: tuple[object, ...], device: torch.device) -> float | None:
         """Seconds of local work a token, alike on all ranks; None while it is being measured."""

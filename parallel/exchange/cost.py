@@ -3,18 +3,25 @@
 `python -m longhaul.parallel.exchange.cost` prints the crossover tables of docs/engines.md.
 
 Formulas (h hops that wait for each other, m bytes of a state, n of a packed map, L seconds of local work; `t(s) = a + s / b`
-a message, `c(s) = a' + s / b'` an all-gather that brings s bytes, `u(s)` one map applied):
+a message of all ranks at once, `t1(s) = a1 + s / b1` a hop of a chain, `c(s) = a' + s / b'` an all-gather that brings s bytes,
+`u(s)` one map applied, `g` what a message more in a stream takes, s = m / K):
 
     all_gather    max(0, c((P - 1) N n) - L) + P N u(m)
-    ring          max(0, t(m) - L) + (h - 1) t(m) + h u(m)
-    all_scan      max(0, t(m / K) - L) + (h + K - 2) (t(m / K) + u(m / K)) + u(m / K)
-    log_scan      max(0, t(n) - L) + (s - 1) t(n) + 2 s (u(m) + u(n - m)),      s = ceil(log2(h + 1))
+    all_scan      max((K - 1) (g + u(s)), h t1(s) + (h - 1) u(s) + (K - 1) max(s / b1, g + u(s)) - L) + u(s)
+    ring          the same, with K = 1
+    log_scan      max(0, s t(n) + 2 s (u(m) + u(n - m)) - L) + 2 u(m),      s = ceil(log2(h + 1))
     hierarchical  max(0, c1((g - 1) n) - L) + g u(m) + all_scan on h' hops between nodes, of m / g bytes, L = 0
                   + c1((g - 1) m / g) + u(m)
 
-A rank in the middle of a chain passes the state on when it waits for it, which is after its local work. So local work hides
-the first hop only, and the rest of the chain is exposed. Where the end of the chain is wanted, the point-to-point forms
-broadcast it: `c(m)` more.
+So it is where ranks forward beside their local work (`Network.forwards`); what the last rank does for each block itself is
+not hidden. Where they do not forward, a rank in the middle of a chain
+passes the state on when it waits for it: local work hides the first hop only, and a block is asked for after the one
+before:
+
+    all_scan      max(0, t1(s) - L) + (h + K - 2) (t1(s) + u(s)) + u(s)
+    log_scan      max(0, t(n) - L) + (s - 1) t(n) + 2 s (u(m) + u(n - m))
+
+Where the end of the chain is wanted, the point-to-point forms broadcast it: `c(m)` more.
 
 Legend: P ranks, N parts of a rank, g ranks of a node, K blocks of a state.
 """
@@ -34,6 +41,7 @@ from longhaul.parallel.network import Network
 from .base import Chain
 from .runs import make_runs
 
+NO_GAIN = 0.03  # more blocks are not worth less than this share of the time
 FLAT = ("all_gather", "ring", "all_scan", "log_scan")
 
 
@@ -113,8 +121,9 @@ def estimate(name: str, work: Workload, network: Network, levels: Levels | None 
     if name == "ring":
         return Estimate(_pipeline(work, network, 1) + end)
     if name == "all_scan":
-        seconds, blocks = min((_pipeline(work, network, k) + end, k) for k in block_counts(work.width))
-        return Estimate(seconds, blocks)
+        found = [Estimate(_pipeline(work, network, k) + end, k) for k in block_counts(work.width)]
+        enough = (1 + NO_GAIN) * min(each.seconds for each in found)
+        return next(each for each in found if each.seconds <= enough)
     if name == "log_scan":
         return Estimate(_log_scan(work, network) + end)
     assert name == "hierarchical" and levels is not None, name
@@ -148,19 +157,25 @@ def _pipeline(work: Workload, network: Network, blocks: int) -> float:
     if not work.hops:
         return 0.0
     size = work.state_bytes / blocks
-    hop, update = network.message.seconds(size), network.update.seconds(size)
-    # A block is asked for after the one before, so each takes a whole hop, and the last follows K - 1 others.
-    return max(0.0, hop - work.local_s) + (work.hops + blocks - 2) * (hop + update) + update
+    hop, update = network.hop.seconds(size), network.update.seconds(size)
+    if not network.forwards:
+        # A block is asked for after the one before, so each takes a whole hop, and the last follows K - 1 others.
+        return max(0.0, hop - work.local_s) + (work.hops + blocks - 2) * (hop + update) + update
+    handling = network.gap_s + update
+    there = work.hops * hop + (work.hops - 1) * update + (blocks - 1) * max(size / network.hop.bytes_per_s, handling)
+    return max((blocks - 1) * handling, there - work.local_s) + update
 
 
 def _log_scan(work: Workload, network: Network) -> float:
     steps = math.ceil(math.log2(work.hops + 1))
     if not steps:
         return 0.0
-    step = network.message.seconds(work.state_bytes + work.linear_bytes)
+    step, update = network.message.seconds(work.state_bytes + work.linear_bytes), network.update.seconds(work.state_bytes)
     product = network.update.seconds(work.linear_bytes) if work.linear_bytes else 0.0
-    compose = 2 * (network.update.seconds(work.state_bytes) + product)
-    return max(0.0, step - work.local_s) + (steps - 1) * step + steps * compose
+    compose = 2 * (update + product)
+    if not network.forwards:
+        return max(0.0, step - work.local_s) + (steps - 1) * step + steps * compose
+    return max(0.0, steps * (step + compose) - work.local_s) + 2 * update
 
 
 def _hierarchical(work: Workload, levels: Levels) -> Estimate:
@@ -179,7 +194,12 @@ def _hierarchical(work: Workload, levels: Levels) -> Estimate:
     return Estimate(node + across.seconds + gather, across.blocks)
 
 
-LINKS = {"25 GB/s, 10 us": (10e-6, 25e9), "1.2 GB/s, 30 us": (30e-6, 1.2e9), "100 MB/s, 200 us": (200e-6, 1e8)}
+# Latency and bandwidth, and whether ranks forward beside their local work.
+LINKS = {
+    "25 GB/s, 10 us": (10e-6, 25e9, False),
+    "1.2 GB/s, 30 us": (30e-6, 1.2e9, True),
+    "100 MB/s, 200 us": (200e-6, 1e8, True),
+}
 SIZES = {"Mamba-2, 64 heads of 128 x 64": (64, 128, 64, 1), "delta rule, 16 heads of 128 x 128": (16, 128, 128, 128 * 128)}
 RANKS = (2, 4, 8, 16, 64, 256)
 

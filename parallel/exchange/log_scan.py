@@ -78,7 +78,7 @@ class _Scanning:
         self.steps = self._scan()
         self.next = next(self.steps, None)
         self.errand: Future[None] | None = None
-        if self.next is not None and comm.tagged and maps.offset.device.type == "cpu":
+        if self.next is not None and comm.tagged and maps.offset.device.type == "cpu" and len(runs) > 2:  # several steps
             self.errand = courier.run(self._finish)
 
     def finish(self) -> None:

@@ -1,6 +1,7 @@
 """`auto`: the least of the cost model, alike on all ranks, and as exact as what it picks."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from longhaul.parallel.comm import Comm
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.exchange import cost
 from longhaul.parallel.exchange.auto import MEASURED, Auto
-from longhaul.parallel.exchange.cost import Levels, Workload, best, block_counts, estimate, estimates, hops, workload
+from longhaul.parallel.exchange.cost import NO_GAIN, Levels, Workload, best, block_counts, estimate, estimates, hops, workload
 from longhaul.parallel.exchange.registry import make_exchange
 from longhaul.parallel.layout import SequenceLayout
 from longhaul.parallel.network import LABEL, Link, Network
@@ -31,22 +32,31 @@ SETTINGS = ((1e-3, 1e9, 0.0), (1e-6, 1e6, 0.0), (1e-3, 1e3, 1.0), (1e-5, 1e7, 1e
 # The cost model.
 def simulate(work: Workload, network: Network, blocks: int) -> float:
     """A chain of messages, event by event, without arithmetic: exposed seconds at its end."""
-    hop = network.message.seconds(work.state_bytes / blocks)
+    size = work.state_bytes / blocks
+    hop = network.hop.seconds(size)
     there = [0.0] * blocks  # rank 0 has all blocks at the start
     for rank in range(1, work.hops + 1):
-        now, arrived = 0.0, []
+        arrived, free = [], 0.0
         for block in range(blocks):
+            if network.forwards:
+                # A link takes a block when it is there and the one before has left: by its bytes, or by the work of sending.
+                begin = max(there[block], free)
+                free = begin + max(size / network.hop.bytes_per_s, network.gap_s)
+                arrived.append(begin + hop)
+                continue
             if block == 1 or rank > 1:
-                now = max(now, work.local_s)  # only the first receive of all is under way beside local work
-            now = max(now, there[block]) + hop  # a rank takes one block after the other
-            arrived.append(max(now, work.local_s))
+                free = max(free, work.local_s)  # only the first receive of all is under way beside local work
+            free = max(free, there[block]) + hop  # a rank takes one block after the other
+            arrived.append(max(free, work.local_s))
         there = arrived
-    return there[-1] - work.local_s
+    # What the last rank does for the blocks itself is not hidden.
+    return max((blocks - 1) * network.gap_s if network.forwards else 0.0, there[-1] - work.local_s)
 
 
+@pytest.mark.parametrize("forwards", [True, False], ids=["forwards", "when it waits"])
 @pytest.mark.parametrize("local", [0.0, 0.5, 2.0, 3.5, 100.0])
-def test_pipeline_against_simulation(local: float) -> None:
-    network = Network.even(8, 1.0, 10.0)
+def test_pipeline_against_simulation(local: float, forwards: bool) -> None:
+    network = Network.even(8, 1.0, 10.0, forwards)
     for chain, blocks in itertools.product((1, 2, 7), (1, 2, 8)):
         work = Workload(8, chain, 20, width=blocks, local_s=local)
         expected = simulate(work, network, blocks)
@@ -54,21 +64,36 @@ def test_pipeline_against_simulation(local: float) -> None:
             assert estimate("ring", work, network).seconds == pytest.approx(expected, abs=1e-9)
         found = estimate("all_scan", work, network)
         assert found.blocks in block_counts(blocks)
-        assert found.seconds == pytest.approx(min(simulate(work, network, k) for k in block_counts(blocks)), abs=1e-9)
+        assert found.seconds == pytest.approx(simulate(work, network, found.blocks), abs=1e-9)
+        # The least number of blocks that is as good as the best.
+        enough = (1 + NO_GAIN) * min(simulate(work, network, k) for k in block_counts(blocks)) + 1e-9
+        assert found.blocks == min(k for k in block_counts(blocks) if simulate(work, network, k) <= enough)
 
 
 def test_gathers_and_scans_by_hand() -> None:
-    network = Network(4, Link(1.0, 10.0), Link(2.0, 10.0), Link(0.1, 1e12))
+    slow = Network(4, Link(1.0, 10.0), Link(1.0, 10.0), Link(2.0, 10.0), Link(0.1, 1e12), forwards=False)
     work = Workload(4, 3, 20, 10, parts=2, local_s=5.0)
     # 3 ranks send 2 maps of 30 bytes: 2 + 18 seconds less 5, then 8 maps.
-    assert estimate("all_gather", work, network).seconds == pytest.approx(15.8)
+    assert estimate("all_gather", work, slow).seconds == pytest.approx(15.8)
     # Two steps of 1 + 3 seconds, the first behind local work; each composes twice, offset and linear part.
-    assert estimate("log_scan", work, network).seconds == pytest.approx(4.8)
+    assert estimate("log_scan", work, slow).seconds == pytest.approx(4.8)
     # Its end: an all-gather of one state.
-    assert estimate("log_scan", work._replace(want_end=True), network).seconds == pytest.approx(8.8)
+    assert estimate("log_scan", work._replace(want_end=True), slow).seconds == pytest.approx(8.8)
+    network = replace(slow, forwards=True, gap_s=0.4)
+    assert estimate("all_gather", work, network) == estimate("all_gather", work, slow)
+    # Both steps and what they compose behind local work; then what entered is applied, and the own map.
+    assert estimate("log_scan", work, network).seconds == pytest.approx(2 * 4 + 8 * 0.1 - 5 + 2 * 0.1)
+    # Three hops of 1 + 2 seconds and two maps less 5, and the last map.
+    assert estimate("ring", work, network).seconds == pytest.approx(9 + 0.2 - 5 + 0.1)
+    # Three hops of 1 + 0.5 and two maps; three blocks more, each 0.5 s of a link's time and 0.5 of a rank's.
+    scan = work._replace(width=4, local_s=4.0)
+    found = estimate("all_scan", scan, network)
+    assert found.blocks == 4 and found.seconds == pytest.approx(4.5 + 0.2 + 3 * 0.5 - 4 + 0.1)
+    # Local work that hides all that: the last rank still takes block after block.
+    assert cost._pipeline(scan._replace(local_s=50.0), network, 4) == pytest.approx(3 * 0.5 + 0.1)
     levels = Levels(Network.even(2, 0.5, 10.0), Network.even(2, 1.0, 10.0))
     # Inside 0.5 + 6 less 5, across one hop of 10 bytes, then its slices: 0.5 + 1.
-    found = estimate("hierarchical", work._replace(parts=1, linear_bytes=40), network, levels)
+    found = estimate("hierarchical", work._replace(parts=1, linear_bytes=40), slow, levels)
     assert found.seconds == pytest.approx(1.5 + 2.0 + 1.5)
 
 

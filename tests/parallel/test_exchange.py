@@ -5,6 +5,7 @@ Toy maps stand for all mixers. Many cells stream through one call of the ranks, 
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from longhaul.models.ops.chain import Link, fold
 from longhaul.models.ops.segments import Documents
 from longhaul.parallel.comm import Comm, Ledger, Wire
 from longhaul.parallel.exchange.base import Exchange, own_links
+from longhaul.parallel.exchange.courier import Courier
 from longhaul.parallel.exchange.registry import EXCHANGES, make_exchange
 from longhaul.parallel.layout import SequenceLayout
 from tests.harness import run_ranks
@@ -326,6 +328,29 @@ def test_states_are_passed_on_beside_local_work(name: str, options: dict[str, in
     for events in found[1:-1]:
         # All that will come has been asked for before the local work.
         assert events[: events.index("local")].count("post state " + ("backward" if reverse else "forward")) >= blocks
+
+
+def test_a_courier_brings_errors_and_knows_the_mode() -> None:
+    courier, seen = Courier(), []
+
+    def errand() -> None:
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), threading.current_thread()))
+
+    def fails() -> None:
+        raise UserError("Lost.")
+
+    courier.run(errand).result()
+    with torch.inference_mode():
+        courier.run(errand).result()
+    with pytest.raises(UserError, match="Lost"):
+        courier.run(fails).result()
+    courier.run(errand).result()  # it goes on
+    assert [modes for *modes, _ in seen] == [[False, False], [False, True], [False, False]]
+    thread = seen[0][2]
+    assert thread is not threading.current_thread() and thread.daemon
+    del courier
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def order_of_events(rank: int, world_size: int) -> dict[str, list[str]]:

@@ -22,7 +22,8 @@ def probed(rank: int, world_size: int, slow: bool) -> tuple[Network, bool]:
 def test_all_ranks_agree(ranks: int) -> None:
     results = run_ranks(probed, ranks, slow=False)
     network = results[0][0]
-    assert network.ranks == ranks and network.message.latency_s > 0
+    assert network.ranks == ranks and network.message.latency_s > 0 and network.hop.latency_s > 0 and network.forwards
+    assert network.with_numbers(network.numbers()) == network
     assert results == [(network, True)] * ranks
 
 
@@ -30,6 +31,7 @@ def test_a_slow_wire_is_seen() -> None:
     network, _ = run_ranks(probed, 2, slow=True)[0]
     # The emulation promises no less than the delay.
     assert network.message.latency_s > 0.9 * DELAY
+    assert network.hop.latency_s > 0.9 * DELAY
     assert network.collective.latency_s > 0.9 * DELAY
 
 
@@ -42,7 +44,7 @@ def test_one_rank_has_no_links() -> None:
 def test_links() -> None:
     assert Link(1.0, 10.0).seconds(20) == 3.0
     network = Network.even(5, 1.0, 10.0)
-    assert network.message == Link(1.0, 10.0) and network.collective == Link(3.0, 10.0)
+    assert network.message == network.hop == Link(1.0, 10.0) and network.collective == Link(3.0, 10.0)
     for numbers in ((-1.0, 1.0), (0.0, 0.0)):
         with pytest.raises(UserError, match=rf"latency_s {numbers[0]} and bytes_per_s {numbers[1]}"):
             Link(*numbers)
