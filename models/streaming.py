@@ -177,7 +177,7 @@ class Streaming:
         sums = _Sums()
         totals = DocumentTotals(stream.documents, stream.weights) if len(chunks) > 1 else None
         final, cotangent = None, None
-        with Borders(self.keep, self.folder) as borders:
+        with Borders(self.keep, self.folder, self._capacity(len(chunks))) as borders:
             borders.push(0, 0, entering)
             del entering
             self._advance(stream, chunks, borders, len(chunks) - 1, totals, self._kept(len(chunks)))
@@ -204,11 +204,18 @@ class Streaming:
             state = output.state
         return Streamed(sums.loss, sums.weight, state, None, 0)
 
+    def _every(self, n: int) -> int:
+        return self.every or math.isqrt(max(n - 1, 0)) + 1
+
+    def _capacity(self, n: int) -> int:
+        """Borders held at one time."""
+        return n if self.keep != "two_level" else (n - 1) // self._every(n) + min(self._every(n), n)
+
     def _kept(self, n: int) -> Callable[[int], bool]:
         """Which borders the first pass keeps; of the last run of chunks, which is replayed at once, all."""
         if self.keep != "two_level":
             return lambda border: True
-        every = self.every or math.isqrt(max(n - 1, 0)) + 1
+        every = self._every(n)
         last = (n - 1) // every * every
         return lambda border: border % every == 0 or border > last
 

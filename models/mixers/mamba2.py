@@ -32,6 +32,7 @@ from ..ops.affine import accumulate_dtype
 from ..ops.convolution import causal_conv
 from ..ops.scalar_decay import ScalarDecay
 from ..sequence import SequenceShard
+from .forgetting import WindowState, clipped, windowed_scan
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -65,12 +66,33 @@ class Mamba2Config:
     chunk: int = 64
     """Tokens of an inner chunk."""
 
+    forget: float = 1.0
+    """Against state collapse (`forgetting.py`): factor on the log decay; above 1 forgets more. Exact."""
+
+    insert: float = 1.0
+    """Against state collapse: factor on what a token writes; below 1 inserts less. Exact."""
+
+    state_window: int | None = None
+    """Against state collapse: what a token wrote is gone after so many tokens, for twice the work; never if left out. Exact."""
+
+    state_norm_clip: float | None = None
+    """Against state collapse: largest norm of a head's state where it enters a stream. Not exact: results depend on where
+    streams and chunks (train.stream_tokens) are cut; they do not depend on the number of processes."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("forget", self.forget), ("insert", self.insert), ("state_norm_clip", self.state_norm_clip)):
+            if value is not None and not value > 0:
+                raise UserError(f"mamba2.{name} must be above 0, but is {value}.")
+        if self.state_window is not None and self.state_window < 1:
+            raise UserError(f"mamba2.state_window must be at least 1 token, but is {self.state_window}.")
+
 
 class Mamba2State(NamedTuple):
-    """`conv` [conv_width - 1, d_inner + 2 G K], the last inputs of the convolution, and `S` [H, K, V]."""
+    """`conv` [conv_width - 1, d_inner + 2 G K], the last inputs of the convolution, `S` [H, K, V], and of a sliding window."""
 
     conv: Tensor | None
     S: Tensor | None
+    window: WindowState | tuple[()] = ()
 
 
 class Mamba2(nn.Module):
@@ -107,6 +129,12 @@ class Mamba2(nn.Module):
     def build(cls, model: ModelConfig, layer: int) -> Mamba2:
         return cls(model.hidden_size, model.mamba2, model.num_layers, model.norm_eps)
 
+    @property
+    def inexact(self) -> str | None:
+        """Why results depend on where streams are cut; None if they do not."""
+        clip = self.config.state_norm_clip
+        return None if clip is None else f"mamba2.state_norm_clip {clip:g} clips states where they enter a stream"
+
     def reset_parameters(self) -> None:
         """As released: A ~ U(1, 16), dt log-uniform (floor 1e-4) through the inverse softplus, D = 1."""
         config = self.config
@@ -134,12 +162,19 @@ class Mamba2(nn.Module):
         x = x.unflatten(-1, (self.num_heads, config.head_dim))  # [T, d_inner] -> [T, H, V]
         B, C = (tensor.unflatten(-1, (self.num_groups, config.state_size)) for tensor in (B, C))  # [T, G, K]
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        log_decay = -self.A_log.exp() * dt
-        v = x * dt[..., None].to(x.dtype)
-        op = ScalarDecay(chunk=config.chunk)
-        y, S = shard.scan(op, (C, B, v, log_decay), None if state is None else state.S)
+        log_decay = -config.forget * self.A_log.exp() * dt
+        v = x * (config.insert * dt)[..., None].to(x.dtype)
+        op, inputs, before = ScalarDecay(chunk=config.chunk), (C, B, v, log_decay), None
+        if state is not None:
+            before = clipped(state.S, config.state_norm_clip)
+        window: WindowState | tuple[()] = ()
+        if config.state_window is None:
+            y, S = shard.scan(op, inputs, before)
+        else:
+            leaving = state.window or None if state is not None else None
+            y, S, window = windowed_scan(shard, op, inputs, config.state_window, before, leaving)
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
-        return self.out_proj(self.gated_norm(y.flatten(1), z, shard)), Mamba2State(conv_state, S)
+        return self.out_proj(self.gated_norm(y.flatten(1), z, shard)), Mamba2State(conv_state, S, window)
 
     def gated_norm(self, y: Tensor, z: Tensor, shard: SequenceShard) -> Tensor:
         """`RMSNorm(y silu(z))` over each group's channels, [T, d_inner]."""
@@ -179,4 +214,5 @@ class Mamba2(nn.Module):
     def flops_per_token(self, seq_length: int) -> int:
         """Forward FLOPs of one token, the recurrence in its recurrent form (decay, outer product, add, read-out)."""
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv_weight.numel()
-        return 2 * weights + 5 * self.inner * self.config.state_size
+        scans = 1 if self.config.state_window is None else 2
+        return 2 * weights + 5 * scans * self.inner * self.config.state_size

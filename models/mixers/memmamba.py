@@ -128,10 +128,14 @@ class MemMamba(nn.Module):
         # Layers count from 1 in "every p-th"; the first has no layer before it.
         across = config.period > 0 and ordinal > 0 and (ordinal + 1) % config.period == 0
         self.layer_reader = PoolReader(hidden_size, config.summary_width) if across else None
+        self.recalls = config.period
+        """How many of the latest pools a layer reads."""
         self.pool_shape = partial(pool_shape, config.block, config.slots, config.summary_width + 3)
 
     @classmethod
     def build(cls, model: ModelConfig, layer: int) -> MemMamba:
+        if model.memmamba.core == "mamba2" and model.mamba2.state_window is not None:
+            raise UserError("memmamba keeps no sliding-window state: leave mamba2.state_window out, or use mixer mamba2.")
         core = Mamba1.build(model, layer) if model.memmamba.core == "mamba1" else Mamba2.build(model, layer)
         # Only MemMamba layers have pools, so only they are counted.
         return cls(model.hidden_size, model.memmamba, core, ordinal=model.layers[:layer].count("L"))
