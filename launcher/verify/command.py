@@ -31,8 +31,9 @@ fp32, RMS over RMS); a document is compared with itself alone; after an edit of 
 change, nor a bit of any other document. Gates are set to remember. What an engine refuses before the first step
 is reported as refused, not as failed.
 
-Without --all, a covering of all pairs of values on 2 and 3 ranks runs (minutes). --all runs the product on 1 to 4 ranks and
-a covering on 6 and 8, and goes on where it was interrupted: verdicts are kept in --results.
+Without --all, a covering of all pairs of values on 2 and 3 ranks runs (minutes). --all runs the product on 1 to 4 ranks, and
+a covering on these and on 6 and 8 in which mixers of one head, engines with options and wide stripes take part; it goes on
+where it was interrupted: verdicts are kept in --results. Several cells run at once (--pools).
 
   longhaul verify --mixer mamba2 --engine ring --layout zigzag
   longhaul verify --bytes                      messages and bytes against the formulas
