@@ -21,7 +21,7 @@ from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.exchange.registry import EXCHANGES
 
 from . import tables
-from .subjects import MODEL, ONE_HEAD, names, subject
+from .subjects import MODEL, ONE_HEAD, WIDE_ONLY, names, subject
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -122,6 +122,8 @@ def refusal(cell: Cell) -> str | None:
 def exists(cell: Cell) -> bool:
     """Whether a cell means anything."""
     if tables.layout_of(cell.layout, cell.ranks) is None:
+        return False
+    if cell.mixer in WIDE_ONLY and cell.dtype != "fp64":
         return False
     needed = subject(cell.mixer)
     if not needed.stateful and cell.stream != "fresh":
