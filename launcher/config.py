@@ -64,7 +64,7 @@ class ParallelConfig:
     most that fit the processes of a machine if left out."""
 
     expert_parallel_size: int = 1
-    """Processes that share experts; only 1 yet."""
+    """Processes that share the experts of each layer (model.ffn moe): neighbours among those that share streams and tokens."""
 
     data_parallel_backend: str = "fsdp"
     """`fsdp` shards parameters, gradients and optimizer over all processes; `ddp` keeps them whole on each; `deepspeed` is
@@ -141,13 +141,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_planner(self)
-        for name in ("expert",):
-            size = getattr(self, f"{name}_parallel_size")
-            if size != 1:
-                raise UserError(
-                    f"parallel.{name}_parallel_size is {size}, but {name} parallelism is not there yet: leave it at 1 "
-                    "and use parallel.sequence_parallel_size or parallel.data_parallel_size."
-                )
+        if self.expert_parallel_size != 1 and self.pipeline_parallel_size != 1:
+            raise UserError(
+                f"parallel.expert_parallel_size {self.expert_parallel_size} does not work with parallel.pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} yet: leave one of the two at 1."
+            )
         _one_of("parallel.pipeline_schedule", self.pipeline_schedule, tuple(PIPELINE_SCHEDULES))
         _one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
         _one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
@@ -189,6 +187,7 @@ class ParallelConfig:
             sequence=self.sequence_parallel_size,
             tensor=self.tensor_parallel_size,
             replicate=self.data_parallel_replicate_size,
+            expert=self.expert_parallel_size,
         )
 
 
@@ -411,6 +410,11 @@ class TrainConfig:
             raise UserError(
                 f"data.carry_state needs data_parallel_size 1, not {degrees.data}: a stream goes on in the next one, "
                 "which another group reads at the same time; use parallel.sequence_parallel_size instead."
+            )
+        if degrees.expert > 1 and self.model.ffn != "moe":
+            raise UserError(
+                f"parallel.expert_parallel_size {degrees.expert} needs experts, but model.ffn is {self.model.ffn}: set "
+                "it to moe, or leave parallel.expert_parallel_size at 1."
             )
         if self.data.carry_state and degrees.tensor > 1:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,16 +25,13 @@ def undecayed_names(model: nn.Module) -> frozenset[str]:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, undecayed: frozenset[str]) -> torch.optim.Optimizer:
     """AdamW or plain SGD with decoupled decay only where it belongs; the rate is set before each step."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    # Parameters of one group are stepped together, which torch can do on one mesh only: experts have their own.
+    found: dict[tuple[float, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if name in undecayed else decayed).append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if parameters
-    ]
+            decay = 0.0 if name in undecayed else config.weight_decay
+            found.setdefault((decay, getattr(parameter, "device_mesh", None)), []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in found.items()]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)

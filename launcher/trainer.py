@@ -24,6 +24,7 @@ from longhaul.parallel.comm import Comm, Ledger
 from longhaul.parallel.data import DataParallel
 from longhaul.parallel.deepspeed import ZeroParallel
 from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
+from longhaul.parallel.expert import ExpertParallel
 from longhaul.parallel.mesh import ParallelMesh
 from longhaul.parallel.pipeline.layers import PipelineParallel
 from longhaul.parallel.runtime import Runtime
@@ -111,6 +112,8 @@ class Trainer:
         undecayed = undecayed_names(model)
         self.pipeline = self._pipeline(model)
         tensor = TensorParallel(model, Comm(self.mesh.tensor_group, self.ledger))
+        expert_groups = self.mesh.expert_group, self.mesh.expert_copies_group
+        experts = ExpertParallel(model, *(Comm(group, self.ledger) for group in expert_groups))
         self.model: DataParallel
         if config.parallel.data_parallel_backend == "deepspeed":
             os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed asks for it, however processes are started
@@ -125,6 +128,7 @@ class Trainer:
                 parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
                 ledger=self.ledger,
                 tensor=tensor,
+                experts=experts,
                 pipeline=self.pipeline,
             )
         self.optimizer = make_optimizer(model, config.optimizer, undecayed)

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from longhaul.models.heads import Kept
 
 from .comm import Comm, Ledger
+from .expert import ExpertParallel
 from .mesh import ParallelMesh
 from .pipeline.layers import PipelineParallel
 from .tensor import TensorParallel
@@ -52,6 +53,7 @@ class DataParallel:
         parameter_dtype: in which fsdp gathers parameters; their own type if None. Gradients are summed in float32 then.
         ledger: where traffic is counted.
         tensor: what of the model this rank holds, if ranks divide heads.
+        experts: which experts it holds, if ranks divide them; they are alike, and summed, over fewer processes.
         pipeline: which layers it holds, if ranks divide layers; gradients then go out once a step (`whole_step`).
     """
 
@@ -64,6 +66,7 @@ class DataParallel:
         parameter_dtype: torch.dtype | None = None,
         ledger: Ledger | None = None,
         tensor: TensorParallel | None = None,
+        experts: ExpertParallel | None = None,
         pipeline: PipelineParallel | None = None,
     ) -> None:
         assert backend in BACKENDS, backend
@@ -72,6 +75,7 @@ class DataParallel:
         """The model itself: its names are those of checkpoints."""
         self._forward: Any = model
         self.tensor = tensor or TensorParallel(model, Comm(None, ledger))
+        self.experts = experts or ExpertParallel(model, Comm(None, ledger), Comm(None, ledger))
         self.pipeline = pipeline
         self.dtype = parameter_dtype or next(model.parameters()).dtype
         """In which parameters are computed with."""
@@ -84,6 +88,7 @@ class DataParallel:
         if backend == "ddp" and pipeline is not None:
             return  # DDP's hooks do not fire in backwards that are cut in two
         if backend == "ddp":
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(self.experts.kept))
             self._forward = DistributedDataParallel(
                 model, process_group=mesh.gradient_group, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS
             )
@@ -97,6 +102,8 @@ class DataParallel:
             reduce_dtype=None if parameter_dtype is None else torch.float32,
             cast_forward_inputs=False,  # token ids, positions and losses keep their types
         )
+        for own in self.experts.modules:
+            fully_shard(own, mesh=mesh.expert_copies_mesh, mp_policy=policy)
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh.shard_mesh, mp_policy=policy)
         for module in model.modules():
@@ -107,7 +114,7 @@ class DataParallel:
                 if any(True for _ in module.parameters()):
                     module.set_custom_all_gather(_CountedAllGather(ledger))  # type: ignore[arg-type]
                     module.set_custom_reduce_scatter(_CountedReduceScatter(ledger))  # type: ignore[arg-type]
-                    if mesh.replicate_group is not None:
+                    if mesh.replicate_group is not None and module not in self.experts.modules:
                         module.set_all_reduce_hook(partial(_count_all_reduce, Comm(mesh.replicate_group, ledger)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +123,7 @@ class DataParallel:
     @property
     def lockstep(self) -> bool:
         """Every forward and backward communicates, so all processes run equally many, those without tokens too."""
-        return self._sharded
+        return self._sharded or self.experts.comm.size > 1
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -177,8 +184,8 @@ class DataParallel:
 
     def cuts(self, name: str) -> tuple[Kept, ...]:
         """How a parameter or buffer of this name was cut before fsdp shards it; for checkpoints."""
-        kept = self.tensor.kept.get(name)
-        return () if kept is None else (kept,)
+        found = (self.tensor.kept.get(name), self.experts.kept.get(name))
+        return tuple(kept for kept in found if kept is not None)
 
     def after_step(self) -> None:
         """What modules noted in a step, summed over its streams, goes back to them: a module may learn otherwise than by
@@ -191,20 +198,31 @@ class DataParallel:
     def finish_gradients(self) -> None:
         """What is left to sum after the backward of a step's last micro-batch; before gradients are read."""
         self.tensor.sum_shared_gradients()
+        if not self._sharded:
+            self.experts.sum_gradients()
         if self.pipeline is not None:
             self.pipeline.sum_tied_gradients()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, float64 []: over shards of all processes, each element once."""
         square = torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
+        square_of_experts = square.clone()
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and (self.pipeline is None or self.pipeline.counts(name)):
-                square += self.tensor.square_norm(parameter.grad, name)
+                own = self.tensor.square_norm(parameter.grad, name)
+                if name in self.experts.kept:
+                    square_of_experts += own
+                else:
+                    square += own
         if self.pipeline is not None:
             square = self.pipeline.comm.all_reduce(square, "gradient norm").wait()
         square = self.tensor.comm.all_reduce(square, "gradient norm").wait()
         if self._sharded:
             square = self._shard_comm.all_reduce(square, "gradient norm").wait()  # copies of a shard are alike
+        if self.experts.comm.size > 1:
+            square_of_experts = self.tensor.comm.all_reduce(square_of_experts, "gradient norm").wait()
+            apart = self._gradient_comm if self._sharded else self.experts.comm  # fsdp divides copies too
+            square = square + apart.all_reduce(square_of_experts, "gradient norm").wait()
         return square.sqrt()
 
     def clip_gradients(self, maximum: float) -> Tensor:

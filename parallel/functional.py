@@ -189,3 +189,25 @@ def gather_rows(x: Tensor, num_rows: int, comm: Comm, label: str) -> Tensor:
 def scatter_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
     """This rank's rows of the sum over ranks: [num_rows, ...] -> [n, ...]."""
     return x if comm.size == 1 else _ScatterRows.apply(x, comm, label)
+
+
+def _travel(rows: Tensor, send: Sequence[int], receive: Sequence[int], comm: Comm, label: str) -> Tensor:
+    shapes = [(count, *rows.shape[1:]) for count in receive]
+    return torch.cat(comm.all_to_all(rows.split(list(send)), shapes, label).wait())
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], comm: Comm, label: str) -> Tensor:
+        ctx.send, ctx.receive, ctx.comm, ctx.label = send, receive, comm, label
+        return recompute.keep(lambda: _travel(rows, send, receive, comm, f"{label} forward"))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _travel(grad, ctx.receive, ctx.send, ctx.comm, f"{ctx.label} backward"), None, None, None, None
+
+
+def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], comm: Comm, label: str) -> Tensor:
+    """The first `send[0]` rows to rank 0, the next to rank 1, ..: [sum of send, ...] -> [sum of receive, ...], by rank."""
+    return _ExchangeRows.apply(rows, send, receive, comm, label)

@@ -26,6 +26,8 @@ class Degrees:
     tensor: int = 1
     replicate: int = 1
     """Copies of the sharded parameters, which divide data x sequence; no axis of its own."""
+    expert: int = 1
+    """Processes that share experts, which divide data x sequence; no axis of its own."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -45,6 +47,7 @@ class Degrees:
         sequence: int = 1,
         tensor: int = 1,
         replicate: int = 1,
+        expert: int = 1,
     ) -> Degrees:
         """Check that degrees make `world_size` processes; `data` is what the others leave over if None.
 
@@ -78,7 +81,13 @@ class Degrees:
                 f"processes hold the parameters: give one of {fitting}; for whole copies on every process use "
                 "parallel.data_parallel_backend ddp."
             )
-        return cls(data, pipeline, sequence, tensor, replicate)
+        if expert < 1 or sharing % expert:
+            fitting = ", ".join(str(n) for n in range(1, sharing + 1) if sharing % n == 0)
+            raise UserError(
+                f"parallel.expert_parallel_size is {expert}, but experts are shared among data {data} x sequence {sequence} = "
+                f"{sharing} processes: give one of {fitting}."
+            )
+        return cls(data, pipeline, sequence, tensor, replicate, expert)
 
 
 class ParallelMesh:
@@ -121,6 +130,12 @@ class ParallelMesh:
         """Holds one copy of the parameters between its members; without copies, the gradient group."""
         self.replicate_group: dist.ProcessGroup | None = None
         """Holds the same shard of every copy."""
+        self.expert_group: dist.ProcessGroup | None = None
+        """Neighbours of the gradient group, each with other experts."""
+        self.expert_copies_mesh: DeviceMesh | None = None
+        """Holds the same experts: what of the gradient group has this process's place in its expert group."""
+        self.expert_copies_group: dist.ProcessGroup | None = None
+        """The group of `expert_copies_mesh`, if it has more than one member."""
         if degrees.world_size > 1:
             self._make_groups(device_type)
 
@@ -145,6 +160,12 @@ class ParallelMesh:
                 sizes = self.degrees.replicate, self.gradient_mesh.size() // self.degrees.replicate
                 self.shard_mesh = self.gradient_mesh._unflatten(0, sizes, ("replicate", "shard"))
                 self.replicate_group, self.shard_group = (self.shard_mesh.get_group(name) for name in ("replicate", "shard"))
+            if self.degrees.expert > 1:
+                sizes = self.gradient_mesh.size() // self.degrees.expert, self.degrees.expert
+                experts = self.gradient_mesh._unflatten(0, sizes, ("expert_copies", "expert"))
+                self.expert_group, self.expert_copies_mesh = experts.get_group("expert"), experts["expert_copies"]
+                if sizes[0] > 1:
+                    self.expert_copies_group = self.expert_copies_mesh.get_group()
 
     def sequence_levels(self, inner: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """Groups of `inner` neighbours inside a sequence group, and of the ranks with one index in theirs.
@@ -214,6 +235,8 @@ class ParallelMesh:
             sharing = self.degrees.data * self.degrees.sequence // self.degrees.replicate
             shards = self.grid.permute(1, 3, 0, 2).reshape(-1, sharing)
             lines.append(_listed(f"{self.degrees.replicate} copies of the parameters, sharded over", shards.tolist()))
+        if self.degrees.expert > 1:
+            lines.append(_listed("expert groups", self.grid.permute(1, 3, 0, 2).reshape(-1, self.degrees.expert).tolist()))
         return "\n".join(lines)
 
 

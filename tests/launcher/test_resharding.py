@@ -32,11 +32,13 @@ MODEL: dict[str, Any] = {
 TP2_SP2, SP1, DP2, DP3, TP2 = (4, 2, 2), (1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1)
 
 
-def configured(folder: Path, topology: tuple[int, int, int], run: str, steps: int, **parallel: Any) -> TrainConfig:
+def configured(
+    folder: Path, topology: tuple[int, int, int], run: str, steps: int, model: dict[str, Any] = MODEL, **parallel: Any
+) -> TrainConfig:
     _, tensor, sequence = topology
     return tiny(
         folder,
-        model=MODEL,
+        model=model,
         parallel={"tensor_parallel_size": tensor, "sequence_parallel_size": sequence, **parallel},
         # The rate stays, whatever the number of steps; Adam divides by gradients' sizes, so the smallest are noise without eps.
         optimizer={"schedule": "constant", "warmup_steps": 0, "eps": 1e-4},
@@ -54,7 +56,7 @@ def train_rank(rank: int, world_size: int, config: TrainConfig) -> dict[str, Any
 
 
 def held(trainer: Trainer) -> dict[str, list[tuple[Any, torch.Tensor]]]:
-    model, kept = trainer.model.model, trainer.model.tensor.kept
+    model, kept = trainer.model.model, {**trainer.model.tensor.kept, **trainer.model.experts.kept}
     tensors = {f"model.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
     tensors.update({name: whole(tensor) for name, tensor in optimizer_tensors(model, trainer.optimizer).items()})
     found = {}
@@ -137,7 +139,30 @@ def test_goes_on_anywhere(
         torch.testing.assert_close(losses(config) + losses(goes_on), straight, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["fsdp", "ddp"])
+def test_experts_go_on_anywhere(backend: str, folder: Path, tmp_path: Path) -> None:
+    model = {"ffn": "moe", "moe": replace(ModelConfig().moe, num_experts=4, expert_hidden_size=8)}
+    straight = configured(folder, SP1, str(tmp_path / "straight"), STEPS, model)
+    run(straight, SP1)
+    parallel = {"expert_parallel_size": 2, "data_parallel_backend": backend}
+    cut = configured(folder, DP2, str(tmp_path / "cut"), CUT, model, **parallel)
+    ranks = run(cut, DP2)
+    saved = saved_tensors(tmp_path / "cut")
+    assert_holds([rank["after"] for rank in ranks], saved)
+    again = configured(folder, DP2, str(tmp_path / "cut"), CUT + 1, model, **parallel)
+    assert_holds([rank["before"] for rank in run(again, DP2)], saved)
+    alone = configured(folder, SP1, str(tmp_path / "cut"), STEPS, model)
+    run(alone, SP1)
+    torch.testing.assert_close(losses(alone), losses(straight), rtol=1e-5, atol=0)
+
+
 def test_carried_states_are_refused(folder: Path) -> None:
     config = configured(folder, TP2, "carried", 1)
     with pytest.raises(UserError, match=r"data\.carry_state needs tensor_parallel_size 1, not 2"):
         replace(config, data=replace(config.data, carry_state=True)).resolve(2)
+
+
+def test_experts_are_needed(folder: Path) -> None:
+    config = configured(folder, DP2, "none", 1, expert_parallel_size=2)
+    with pytest.raises(UserError, match=r"expert_parallel_size 2 needs experts, but model\.ffn is swiglu"):
+        config.resolve(2)
