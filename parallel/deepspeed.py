@@ -124,7 +124,7 @@ class ZeroParallel(DataParallel):
         assert self._optimizer is not None, "drive() comes before the first forward"
         if not dist.is_initialized():  # DeepSpeed wants a group, be it of one process
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         deepspeed = _deepspeed()
         device = next(self.model.parameters()).device.type
         found = deepspeed.accelerator.get_accelerator().device_name()
@@ -212,7 +212,9 @@ class ZeroParallel(DataParallel):
         shape = parameter.ds_shape if self.stage == 3 else parameter.shape
         place = self._flat(parameter)
         assert self._optimizer is not None
-        any_flat = next(iter(self._optimizer.state))
+        any_flat = next(iter(self._optimizer.state), None)
+        if any_flat is None:  # plain SGD has none
+            return
         for key, example in self._optimizer.state[any_flat].items():
             if example.shape != any_flat.shape:  # a count of steps
                 yield key, example.detach().clone()

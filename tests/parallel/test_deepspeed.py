@@ -101,13 +101,16 @@ def run(rank: int, world_size: int, config: Any, stop_at: int = 0) -> dict[str, 
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "ranks", "offload"), [(1, 2, True), (2, 3, False), (3, 3, False)])
-def test_a_run_goes_on_under_another_backend(stage: int, ranks: int, offload: bool, tmp_path: Path) -> None:
-    """Steps 1 and 2 under fsdp, 3 and 4 under ZeRO, 5 and 6 in one process, with AdamW: as if one had done them all."""
+@pytest.mark.parametrize(
+    ("stage", "ranks", "offload", "optimizer"), [(1, 2, True, "adamw"), (2, 3, False, "sgd"), (3, 3, False, "adamw")]
+)
+def test_a_run_goes_on_under_another_backend(stage: int, ranks: int, offload: bool, optimizer: str, tmp_path: Path) -> None:
+    """Steps 1 and 2 under fsdp, 3 and 4 under ZeRO, 5 and 6 in one process: as if one had done them all."""
     write_corpus(tmp_path / "corpus")
 
     def config(name: str) -> Any:
-        return tiny(tmp_path, checkpoint={"folder": str(tmp_path / name)}, train={"global_batch_size": 6})
+        sections: dict[str, Any] = {"checkpoint": {"folder": str(tmp_path / name)}, "optimizer": {"name": optimizer}}
+        return tiny(tmp_path, train={"global_batch_size": 6}, **sections)
 
     plain = config("run")
     deepspeed = ParallelConfig(data_parallel_backend="deepspeed", zero_stage=stage, zero_offload=offload)
