@@ -39,8 +39,8 @@ class LossOutput(NamedTuple):
 class Between(NamedTuple):
     """What one layer hands to the next, where a model is cut between layers.
 
-    `x` [T', D]; `memory`, the pools of the layers before, in order; `aux_sum`, the auxiliary losses of the layers run, as in
-    `LossOutput` but attached: it stays here, and belongs to the objective here. None if there is none.
+    `x` [T', D]; `memory`, the latest pools of the layers before, in order; `aux_sum`, the auxiliary losses of the layers run,
+    as in `LossOutput` but attached: it stays here, and belongs to the objective here. None if there is none.
     """
 
     x: Tensor
@@ -94,6 +94,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = Layers(Block(config, layer) for layer in range(config.num_layers))
         self._pools = [getattr(layer.mixer, "pool_shape", None) for layer in self.layers]
+        self._recalled = max((getattr(layer.mixer, "recalls", 0) for layer in self.layers), default=0)  # pools read by one layer
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.norm.weight.no_weight_decay = True  # type: ignore[attr-defined]
         self.head = LanguageHead(config.hidden_size, config.vocab_size)
@@ -152,8 +153,8 @@ class LanguageModel(nn.Module):
             states.append(out.state)
             if out.aux is not None:
                 auxiliary.append(out.aux)
-            if out.pool is not None:
-                memory = (*memory, out.pool)
+            if out.pool is not None and self._recalled:
+                memory = (*memory, out.pool)[-self._recalled :]
         aux_sum: Tensor | None = None
         if auxiliary and weights is not None and self.training:
             per_document = torch.stack(auxiliary).sum(0)  # [layers, documents] -> [documents]
@@ -184,10 +185,10 @@ class LanguageModel(nn.Module):
             self.head = None  # type: ignore[assignment]
 
     def between_shapes(self, shard: SequenceShard, layer: int) -> list[tuple[int, ...]]:
-        """Shapes of what enters a layer: x, then the pools of the layers before it, held here or not."""
+        """Shapes of what enters a layer: x, then those pools of the layers before it, held here or not, that may be read."""
         rows = shard.share(torch.empty(shard.num_tokens, 0)).shape[0]
         pools = [shape(shard.segments) for shape in self._pools[:layer] if shape is not None]
-        return [(rows, self.config.hidden_size), *pools]
+        return [(rows, self.config.hidden_size), *(pools[-self._recalled :] if self._recalled else ())]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, vocabulary]."""
