@@ -130,8 +130,6 @@ class MemMamba(nn.Module):
         self.layer_reader = PoolReader(hidden_size, config.summary_width) if across else None
         self.recalls = config.period
         """How many of the latest pools a layer reads."""
-        self.recalls = config.period
-        """How many of the latest pools a layer reads."""
         self.pool_shape = partial(pool_shape, config.block, config.slots, config.summary_width + 3)
 
     @classmethod
