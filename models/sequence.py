@@ -202,7 +202,8 @@ class WholeSequence(SequenceShard):
         before = 0
         if state is not None and self._enters:
             before = state.k.shape[0]
-            k, v = torch.cat([state.k, k]), torch.cat([state.v, v])
+            alone = self.num_tokens == 1 and self.keep_state and not torch.is_grad_enabled()
+            k, v = (_appended(old, new) if alone else torch.cat([old, new]) for old, new in zip(state, (k, v)))
         pieces, bounds = [], self.segments.bounds
         for segment, (start, stop) in enumerate(zip(bounds, bounds[1:])):
             enters = self.segments.position_of[segment] > 0
@@ -228,6 +229,29 @@ class WholeSequence(SequenceShard):
 
     def document_sum(self, x: Tensor) -> Tensor:
         return x  # one part, so a document is one segment
+
+
+def _appended(earlier: Tensor, row: Tensor) -> Tensor:
+    """`earlier` [n, ...] and one `row` [1, ...] more, where possible in the memory behind `earlier`.
+
+    Keys and values of a long text would otherwise be copied for every token made. Memory grows by doubling, and notes how many
+    rows are taken, so that who goes on twice from one state has a copy the second time.
+    """
+    buffer, rows = earlier._base, earlier.shape[0]
+    stop = earlier.storage_offset() // max(1, earlier.stride(0)) + rows
+    room = (
+        buffer is not None
+        and getattr(buffer, "rows_taken", None) == stop
+        and stop < buffer.shape[0]
+        and (buffer.dtype, buffer.device) == (row.dtype, row.device)
+    )
+    if not room:
+        buffer, stop = torch.empty(2 * rows + 64, *row.shape[1:], dtype=row.dtype, device=row.device), rows
+        buffer[:rows] = earlier
+    assert buffer is not None
+    buffer[stop : stop + 1] = row
+    buffer.rows_taken = stop + 1  # type: ignore[attr-defined]
+    return buffer[stop - rows : stop + 1]
 
 
 def map_element(function: Any, element: Element) -> Element:

@@ -30,8 +30,10 @@ def measure(
     found: Answer = {}
     if shape.mixer == SOFTMAX:
         for context in contexts:
+            filled = softmax.ask(f"fill {context}")
+            softmax.ask(f"tokens {context} 1")
             made = in_turns([softmax], f"tokens {context} {tokens}", repeats)[0]
-            found[str(context)] = _entry(made, made, softmax.ask(f"fill {context}"))
+            found[str(context)] = _entry(made, made, filled)
         return found
     with layer_process(shape, threads, folder) as child:
         child.ask()
@@ -57,7 +59,7 @@ def show(record: Record, names: Sequence[str], console: Console) -> None:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table()
-    table.add_column("mixer")
+    table.add_column("mixer", no_wrap=True)
     for context in contexts:
         size = f"{int(context):,}"
         for title in (f"ms after {size}", "x softmax", "state, KiB"):

@@ -15,6 +15,7 @@ from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import SequenceShard, WholeSequence
+from longhaul.models.state import tensor_bytes
 
 
 def _model(pattern: str = "LN", linear_mixer: str = "mamba2") -> LanguageModel:
@@ -45,7 +46,7 @@ def test_the_state_does_not_grow_with_what_is_generated(monkeypatch: pytest.Monk
 
     def recorded(*args: Any) -> Any:
         output: Any = forward(*args)
-        sizes.append((len(args[0]), sum(tensor.numel() for layer in output[1] for tensor in layer)))
+        sizes.append((len(args[0]), tensor_bytes(output[1])))
         return output
 
     monkeypatch.setattr(model, "forward", recorded)
