@@ -13,7 +13,7 @@ MARGIN = 0.02  # a difference in accuracy below it is none
 _RECALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_layers": 2,
-    "num_heads": 1,
+    "num_heads": 2,
     "ffn_hidden_size": 64,
     "initializer_range": 0.1,
     "tie_embeddings": False,
@@ -21,11 +21,17 @@ _RECALL: dict[str, Any] = {
 }
 # State tracking. The feed-forward layer is so narrow that the answer has to be in the state: a wider one learns to tell a parity
 # from a count of bits, which ends at the lengths trained on.
-_TRACKING: dict[str, Any] = {**_RECALL, "hidden_size": 64, "num_layers": 1, "num_heads": 4, "ffn_hidden_size": 2}
+_TRACKING: dict[str, Any] = {**_RECALL, "hidden_size": 64, "num_layers": 1, "ffn_hidden_size": 2}
 _ONE_MEMORY: dict[str, Any] = {"num_memories": 1, "top_k": 1, "shared_memory": False, "balance_weight": 0.0}
 _LINEAR_CONV: dict[str, Any] = {**_ONE_MEMORY, "rule": "linear"}
 
-BASE = {"mqar": _RECALL, "induction": _RECALL, "parity": _TRACKING, "modular": _TRACKING, "long_recall": _RECALL}
+BASE = {
+    "mqar": _RECALL,
+    "induction": _RECALL,
+    "parity": _TRACKING,
+    "modular": {**_TRACKING, "num_layers": 2},
+    "long_recall": _RECALL,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {"pattern": "N"},
@@ -35,8 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     # Basic linear attention with the short convolution and the normalised keys of Gated DeltaNet, and nothing else of it.
     "linear_attention_conv": {"linear_mixer": "mom", "mom": _LINEAR_CONV},
     "gated_deltanet": {"linear_mixer": "gated_deltanet"},
-    # Four memories, one of them shared, of 16 x 16; the twin has one of 32 x 32.
-    "mom": {"linear_mixer": "mom", "mom": {"num_memories": 3, "top_k": 2, "head_dim": 16}},
+    # Four memories, one of them shared, of 2 heads of 8 x 8; the twin has one of 2 heads of 16 x 16.
+    "mom": {"linear_mixer": "mom", "mom": {"num_memories": 3, "top_k": 2, "head_dim": 8}},
     "mom_one_memory": {"linear_mixer": "mom", "mom": _ONE_MEMORY},
     "mamba1": {"linear_mixer": "mamba1"},
     "mamba2": {"linear_mixer": "mamba2", "mamba2": {"state_size": 16, "head_dim": 16}},

@@ -17,10 +17,12 @@ from longhaul.models.config import ModelConfig
 from longhaul.models.lm import LanguageModel
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import WholeSequence
+from longhaul.models.state import tensor_bytes
 
 from .tasks import NONE, TASKS, Sample, Task
 
 TEST_SEED, VALIDATION_SEED = 2**31, 2**31 + 1  # no seed of training
+TEST_TOKENS = 8192  # of a stream of test documents
 SOLVED = 0.999  # of the validation set, which ends a run
 
 
@@ -75,14 +77,22 @@ def build(config: dict[str, Any], vocab_size: int) -> LanguageModel:
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, sample: Sample, from_position: int = 0) -> float:
-    """The share of the questions at `from_position` or later in their document that are answered right."""
-    tokens, answers, shard = pack(sample)
+def accuracy(model: LanguageModel, task: Task, seed: int, length: int) -> float:
+    """The share of the judged questions of test documents, the same for every model, that are answered right."""
+    random = np.random.default_rng(seed)
+    left = max(task.test_documents, TEST_TOKENS // length)
+    right = asked = 0
     model.eval()
-    hidden: Tensor = model(tokens, shard)[0]
+    while left:
+        documents = min(left, max(1, TEST_TOKENS // length))
+        tokens, answers, shard = pack(task.sample(random, documents, length))
+        judged = (answers != NONE) & (shard.positions >= task.judged_from(length))
+        hidden: Tensor = model(tokens, shard)[0]
+        right += int((model.logits(hidden[judged]).argmax(-1) == answers[judged]).sum())
+        asked += int(judged.sum())
+        left -= documents
     model.train()
-    asked = (answers != NONE) & (shard.positions >= from_position)
-    return (model.logits(hidden[asked]).argmax(-1) == answers[asked]).double().mean().item()
+    return right / asked
 
 
 @torch.no_grad()
@@ -90,8 +100,7 @@ def state_bytes(model: LanguageModel, length: int) -> int:
     """Of the state after one document of `length` tokens."""
     shard = WholeSequence(Documents((0, length)), keep_state=True)
     _, state = model(torch.zeros(length, dtype=torch.int64), shard)
-    kept = [value for layer in state for name, value in layer._asdict().items() if name != "conv" and value is not None]
-    return sum(value.numel() * value.element_size() for value in kept)
+    return tensor_bytes([value for layer in state for name, value in layer._asdict().items() if name != "conv"])
 
 
 class Lengths:
@@ -132,7 +141,6 @@ def train(run: Run) -> Outcome:
     optimizing = OptimizerConfig(lr=run.lr, min_lr=run.lr / 10, weight_decay=0.01, warmup_steps=max(1, run.steps // 20))
     optimizer = make_optimizer(model, optimizing, undecayed_names(model))
     longest = task.train_lengths[-1]
-    validation = task.sample(np.random.default_rng(VALIDATION_SEED), task.test_documents(longest), longest)
     found, step = 0.0, 0
     lengths = Lengths(task, run.steps, random)
     for step in range(1, run.steps + 1):
@@ -147,18 +155,10 @@ def train(run: Run) -> Outcome:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == run.steps:
-            found = accuracy(model, validation, task.judged_from(longest))
+            found = accuracy(model, task, VALIDATION_SEED, longest)
             if found >= SOLVED:
                 break
-    # Other documents at every length, the same for all models.
-    tests = {
-        length: accuracy(
-            model,
-            task.sample(np.random.default_rng(TEST_SEED), task.test_documents(length), length),
-            task.judged_from(length),
-        )
-        for length in task.test_lengths
-    }
+    tests = {length: accuracy(model, task, TEST_SEED, length) for length in task.test_lengths}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.process_time() - started
     return Outcome(tests, found, loss.item(), step, parameters, state_bytes(model, longest), seconds)
