@@ -64,7 +64,7 @@ class Schedule:
         self._stages = [_Stage(_Part(self, stage), stage) for stage in pipeline.own]
         kind = SCHEDULES[pipeline.schedule]
         self._schedule: Any = get_schedule_class(kind.name)(
-            self._stages if kind.several else self._stages[0],  # type: ignore[arg-type]
+            self._stages if kind.several else self._stages[0],
             micro_batches,
             loss_fn=_given,
             scale_grads=False,
