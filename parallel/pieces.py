@@ -39,7 +39,7 @@ class Pieces(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], held: Sequence[Piece], like: Tensor) -> Pieces:
-        whole: Pieces = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        whole: Pieces = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
         whole.held = tuple(held)
         return whole
 
@@ -47,7 +47,7 @@ class Pieces(Tensor):
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"{function} of a tensor of which this process holds only pieces")
 
     def copied(self) -> Pieces:

@@ -72,7 +72,8 @@ class TensorParallel:
         if tied:
             model.head.register_parameter("weight", model.embedding.get_parameter("weight"))
         if model.embedding is not None:
-            model.embedding = VocabularyParallelEmbedding(model.embedding.weight, start, comm)  # type: ignore[assignment]
+            weight = model.embedding.get_parameter("weight")
+            model.embedding = VocabularyParallelEmbedding(weight, start, comm)  # type: ignore[assignment]
             self.kept["embedding.weight"] = kept
         if model.head is not None:
             model.head = VocabularyParallelHead(model.head.weight, start, comm)  # type: ignore[assignment]
