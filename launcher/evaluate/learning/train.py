@@ -68,10 +68,9 @@ def pack(sample: Sample) -> tuple[Tensor, Tensor, WholeSequence]:
 
 def build(config: dict[str, Any], vocab_size: int) -> LanguageModel:
     """A model from plain keys; a mixer's options are a dictionary of their own."""
-    fields = ModelConfig.__dataclass_fields__
+    fields: dict[str, Any] = ModelConfig.__dataclass_fields__
     options = {
-        key: fields[key].default_factory(**value) if isinstance(value, dict) else value  # type: ignore[misc]
-        for key, value in config.items()
+        key: fields[key].default_factory(**value) if isinstance(value, dict) else value for key, value in config.items()
     }
     return LanguageModel(ModelConfig(vocab_size=vocab_size, **options))
 
