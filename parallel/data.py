@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -74,8 +74,8 @@ class DataParallel:
         self.model = model
         """The model itself: its names are those of checkpoints."""
         self._forward: Any = model
-        self.tensor = tensor or TensorParallel(self._forward, Comm(None, ledger))
-        self.experts = experts or ExpertParallel(self._forward, Comm(None, ledger), Comm(None, ledger))
+        self.tensor = tensor or TensorParallel(cast(Any, model), Comm(None, ledger))
+        self.experts = experts or ExpertParallel(cast(Any, model), Comm(None, ledger), Comm(None, ledger))
         self.pipeline = pipeline
         self.dtype = parameter_dtype or next(model.parameters()).dtype
         """In which parameters are computed with."""
