@@ -143,7 +143,7 @@ def forward_backward(
         if block is not None:
             out = out + kernels.other(q, block[0], block[1], ahead(source))
     rotation = Rotation(comm, (k, v), empty, reach, "ring backward")
-    homes = [Homeward(rotation, lambda rank, index=index: empty(rank)[index]) for index in range(2)]
+    homes = [Homeward(rotation, lambda rank: empty(rank)[0]), Homeward(rotation, lambda rank: empty(rank)[1])]
     dq, *own = kernels.own_backward(dout)
     for hop, source, block in rotation:
         shares: list[Tensor | None] = [None, None]
