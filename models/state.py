@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .sequence import Documents, WholeSequence
+from .ops.segments import Documents
+from .sequence import WholeSequence
 
 
 def tensor_bytes(state: Any) -> int:
@@ -32,9 +33,10 @@ def state_bytes(mixer: nn.Module, hidden_size: int, context: int) -> int:
     training = mixer.training
     _, state = mixer.eval()(like.new_zeros(1, hidden_size), shard)
     mixer.train(training)
-    mask = getattr(mixer, "mask", None)
+    mask: Any = getattr(mixer, "mask", None)
     if mask is None:
         return tensor_bytes(state)
     kept = context if mask.window is None else min(context, mask.window - 1)
     # A window of one token keeps none, and one token's state cannot tell what a token costs.
-    return kept * 2 * mixer.num_kv_heads * mixer.head_dim * like.element_size()  # type: ignore[operator]
+    attention: Any = mixer
+    return int(kept * 2 * attention.num_kv_heads * attention.head_dim * like.element_size())

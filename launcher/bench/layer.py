@@ -49,7 +49,7 @@ class LayerShape:
         """The layer, seeded."""
         torch.manual_seed(0)
         pattern = "N" if self.mixer == SOFTMAX else "L"
-        names = {} if self.mixer == SOFTMAX else {"linear_mixer": self.mixer}
+        names: dict[str, Any] = {} if self.mixer == SOFTMAX else {"linear_mixer": self.mixer}
         config = ModelConfig(
             hidden_size=self.width, num_heads=max(1, self.width // HEAD_DIM), num_layers=4, pattern=pattern, **names
         )

@@ -54,8 +54,8 @@ def show(record: Record, names: Sequence[str], console: Console) -> None:
     )  # fmt: skip
     table = Table()
     for title in ("mixer", "tokens/s", "x softmax", "step, s", "forward, s", "memory, GiB", "x softmax"):
-        name = title == "mixer"
-        table.add_column(title, justify="left" if name else "right", no_wrap=name)
+        first = title == "mixer"
+        table.add_column(title, justify="left" if first else "right", no_wrap=first)
     for name, result in sorted(results.items(), key=lambda item: -item[1]["times_softmax_speed"]):
         table.add_row(
             name,

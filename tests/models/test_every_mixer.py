@@ -90,10 +90,10 @@ def test_keys_and_values_are_not_copied_for_every_token(window: int | None) -> N
         middle = state if position == 99 else middle
     moves = sum(a != b for a, b in zip(places, places[1:]))
     assert moves <= (4 if window is None else 5)
-    kept = middle.k.clone()
+    kept = state.k.clone()
     other, branch = one(100, -x[100], middle)
     again, _ = one(101, x[101], branch)
-    assert_bitwise_equal(middle.k, kept, "the state that was gone on from")
+    assert_bitwise_equal(state.k, kept, "the state of the first continuation")
     changed = torch.cat([x[:100], -x[100:101], x[101:102]])
     expected, _ = mixer(changed, WholeSequence(Documents((0, 102))))
     assert_close(torch.cat([other, again]), expected[100:], "another continuation")
