@@ -33,6 +33,8 @@ from .comm import Ledger
 from .data import DataParallel
 from .mesh import ParallelMesh
 
+BUCKET = 50_000_000  # numbers in one message at most; DeepSpeed's own choice is ten times that, 2 GB in float32
+
 
 def _deepspeed() -> Any:
     """The package; UserError if it is not installed."""
@@ -135,8 +137,11 @@ class ZeroParallel(DataParallel):
         deepspeed.init_distributed(dist_init_required=False)
         states = {name: self._optimizer.state.pop(p) for name, p in self._trained if p in self._optimizer.state}
         where = {"device": "cpu", "pin_memory": device == "cuda"} if self.offload else {"device": "none"}
+        bucket = min(BUCKET, sum(p.numel() for _, p in self._trained))  # buffers are this large, whatever the model
         zero = {
             "stage": self.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "overlap_comm": False,  # and with it reductions into a buffer that a second micro-batch overwrites
             "offload_optimizer": where,
             **({"offload_param": where} if self.stage == 3 else {}),
