@@ -106,11 +106,12 @@ def check_engines(parallel: ParallelConfig) -> None:
 
 
 def _factories(chooses: str) -> Mapping[str, Callable[..., Any]]:
-    return {
+    factories: dict[str, Mapping[str, Callable[..., Any]]] = {
         "exchange": EXCHANGES,
         "attention": ENGINES,
         "layout": {name: kind.cut for name, kind in LAYOUTS.items()},
-    }[chooses]
+    }
+    return factories[chooses]
 
 
 def _options(chooses: str, engine: str) -> list[str]:

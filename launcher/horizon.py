@@ -32,8 +32,8 @@ def effective_horizon(
     """
     if most is not None and most < stream.tokens.shape[0]:
         bounds = (*(bound for bound in stream.bounds if bound < most), most)
-        parts = (tensor[:most] for tensor in (stream.tokens, stream.labels, stream.weights))
-        stream = Stream(*parts, bounds, stream.first_position)
+        tokens, labels, weights = (tensor[:most] for tensor in (stream.tokens, stream.labels, stream.weights))
+        stream = Stream(tokens, labels, weights, bounds, stream.first_position)
     batch, watch = place(stream, engine, device), DecayWatch()
     training = model.model.training
     model.model.eval()

@@ -41,11 +41,15 @@ class Inputs:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan one step and explain it, or `calibrate`."""
+    """Plan one step and explain it; or `calibrate`, or predict `memory`."""
     if argv and argv[0] == "calibrate":
         from .calibrate_cli import main as calibrate
 
         return calibrate(argv[1:])
+    if argv and argv[0] == "memory":
+        from .memory_cli import main as memory
+
+        return memory(argv[1:])
     options, rest = _parser().parse_known_args(list(argv))
     if options.exact:
         solver_name()  # before anything takes time

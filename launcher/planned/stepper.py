@@ -122,9 +122,10 @@ class PlannedStepper(Stepper):
         return engine.shard(documents, self.runtime.device, keep_state)
 
     def _whole(self, step: Step, piece: Piece) -> LongStream:
-        values = _values(step.streams[piece.stream])
+        values = (value[piece.start : piece.stop] for value in _values(step.streams[piece.stream]))
+        tokens, labels, weights = values
         # Its state starts anew here, so its positions do: what a chunk is handed belongs to the chunks before it.
-        return LongStream(*(value[piece.start : piece.stop] for value in values), Documents((0, piece.length)))
+        return LongStream(tokens, labels, weights, Documents((0, piece.length)))
 
     def _account(self, step: Step, watch: Stopwatch) -> dict[str, float]:
         """Learn from the step's times, and say how it went beside the plan."""

@@ -7,7 +7,7 @@ token, in float32 throughout: what is counted is an engine, no mixer. Legend: P 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -243,7 +243,8 @@ def measure(ranks: Sequence[int], engines: Sequence[str]) -> list[Row]:
 
 
 def _row(kind: str, engine: str, size: int, own: Sequence[Question], pool: Pool) -> Row:
-    if engine not in {"exchange": PREFIXES, "attention": ATTENTIONS, "door": DOOR}[kind]:
+    formulas: dict[str, Container[str]] = {"exchange": PREFIXES, "attention": ATTENTIONS, "door": DOOR}
+    if engine not in formulas[kind]:
         return Row(kind, engine, size, 0, 0, 0, 0, 0, False, "it has no formula in launcher/verify/formulas.py")
     totals, cases, message = [0, 0, 0, 0], 0, ""
     for question in own:
