@@ -1,29 +1,38 @@
-"""The effective horizon as a metric: a forward over one stream, made for it alone and counted in no step."""
+"""How far layers look back and how large states grow, as metrics: a forward over one stream, counted in no step."""
 
 from __future__ import annotations
 
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from longhaul.parallel.data import DataParallel
 from longhaul.parallel.engine import SequenceParallel
-from longhaul.parallel.horizon import DecayWatch
+from longhaul.parallel.horizon import StateWatch
 
 from .batches import place
 from .data import Stream
 
 
+class Look(NamedTuple):
+    """`horizons`: the shortest and the median effective horizon of the recurrent layers, in tokens; None if none has decays.
+    `norm`: the largest norm of a head's state at the stream's end; None if no layer has one."""
+
+    horizons: tuple[float, float] | None
+    norm: float | None
+
+
 @torch.no_grad()
-def effective_horizon(
+def look_at_states(
     model: DataParallel,
     engine: SequenceParallel,
     stream: Stream,
     device: torch.device,
     bf16: bool = False,
     most: int | None = None,
-) -> tuple[float, float] | None:
-    """The shortest and the median horizon of the recurrent layers; None if none has decays. All ranks take part.
+) -> Look:
+    """What the recurrent layers do on a stream. All ranks take part.
 
     Args:
         stream: whose tokens decide the gates; the same on every rank.
@@ -34,11 +43,12 @@ def effective_horizon(
         bounds = (*(bound for bound in stream.bounds if bound < most), most)
         tokens, labels, weights = (tensor[:most] for tensor in (stream.tokens, stream.labels, stream.weights))
         stream = Stream(tokens, labels, weights, bounds, stream.first_position)
-    batch, watch = place(stream, engine, device), DecayWatch()
+    batch, watch = place(stream, engine, device, keep_state=True), StateWatch()
     training = model.model.training
     model.model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         model(batch.tokens, watch.watch(batch.shard), None, labels=batch.labels, weights=batch.weights)
     model.model.train(training)
     found = watch.horizons(engine.comm, engine.tensor)
-    return (min(found), median(found)) if found else None
+    horizons = (min(found), median(found)) if found else None
+    return Look(horizons, watch.largest_norm(engine.tensor))

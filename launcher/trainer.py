@@ -37,7 +37,7 @@ from .engines import EngineNews, engine_arguments
 from .expected import ExpectedTraffic, expected_traffic
 from .facts import baselines, describe_run
 from .finish import write_results
-from .horizon import effective_horizon
+from .horizon import look_at_states
 from .load import RESOLVED
 from .metrics import Metrics, traffic_of
 from .optimizer import learning_rate, make_optimizer, undecayed_names
@@ -318,7 +318,7 @@ class Trainer:
         held_out = self.data.validation
         stream = held_out[0] if held_out is not None and len(held_out) else self.data.train.stream(0)
         with metrics.outside("effective horizon"):
-            found = effective_horizon(
+            found = look_at_states(
                 self.model,
                 self.engine,
                 stream,
@@ -326,8 +326,10 @@ class Trainer:
                 self.stepper.bf16,
                 self.config.train.stream_tokens,
             )
-        if found is not None:
-            metrics.log_horizon(self.step, *found)
+        if found.horizons is not None:
+            metrics.log_horizon(self.step, *found.horizons)
+        if found.norm is not None:
+            metrics.log_state_norm(self.step, found.norm)
 
     def _save(self, metrics: Metrics, final: bool) -> None:
         if not self.config.checkpoint.every or self.checkpoints.last_good == self.folder / f"step_{self.step}":

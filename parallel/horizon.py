@@ -1,4 +1,4 @@
-"""How far back a model's recurrent layers look on a stream: the effective horizon of their decays, layer by layer.
+"""How far back a model's recurrent layers look on a stream, and how large their states grow, layer by layer.
 
 A shard that watches is given to a model instead of the plain one, in a forward made for that alone: the model knows
 nothing of it, and training steps do no more than before. Layers are told apart by the order in which they ask the door.
@@ -26,14 +26,15 @@ from .exchange.reach import effective_horizon
 LABEL = "effective horizon"
 
 
-class DecayWatch:
-    """The log decays of every recurrence on the tokens of this rank.
+class StateWatch:
+    """The log decays of every recurrence on the tokens of this rank, and the states that they end with.
 
-    Recurrences whose maps are matrices have no decay of their own and are passed over.
+    Recurrences whose maps are matrices have no decay of their own: of them the state alone is seen.
     """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []  # of each recurrence, over the tokens held here, shaped like its decays
+        self._norms: list[Tensor] = []
         self._tokens = 0
 
     def watch(self, shard: SequenceShard) -> SequenceShard:
@@ -73,10 +74,23 @@ class DecayWatch:
         return whole.tolist()
 
 
+    def see_state(self, state: Tensor | None) -> None:
+        """Note the state [H, ...] after a stream."""
+        if state is not None:
+            self._norms.append(torch.linalg.vector_norm(state.flatten(1), dim=1).max().double())
+
+    def largest_norm(self, tensor: Comm) -> float | None:
+        """The largest norm of a head's state at the stream's end, over all recurrences; on all ranks alike. None: no state."""
+        if not self._norms:
+            return None
+        whole: Tensor = tensor.all_reduce(torch.stack(self._norms).max(), LABEL, dist.ReduceOp.MAX).wait()
+        return float(whole)
+
+
 class _Watched:
     """A shard that shows its recurrences to a watch."""
 
-    def __init__(self, shard: SequenceShard, watch: DecayWatch) -> None:
+    def __init__(self, shard: SequenceShard, watch: StateWatch) -> None:
         self._shard, self._watch = shard, watch
 
     def __getattr__(self, name: str) -> Any:
@@ -84,4 +98,6 @@ class _Watched:
 
     def scan(self, op: Recurrence, x: Sequence[Tensor | None], state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         self._watch.see(op, x, self._shard.segments)
-        return self._shard.scan(op, x, state)
+        out, after = self._shard.scan(op, x, state)
+        self._watch.see_state(after)
+        return out, after

@@ -27,7 +27,8 @@ class MetricsConfig:
 
     horizon_every: int = 0
     """Steps between measurements of the effective horizon of recurrent layers: tokens after which less than exp(-20) of a state
-    is left, at the mean decay of a held-out stream, in each layer's slowest head. Costs a forward each time; 0 never measures."""
+    is left, at the mean decay of a held-out stream, in each layer's slowest head; and of the largest norm of a head's state at its
+    end, which explodes where a state collapses. Costs a forward each time; 0 never measures."""
 
     def __post_init__(self) -> None:
         if self.horizon_every < 0:

@@ -25,6 +25,7 @@ CONVENTIONS = {
     "mfu(%)": "tflops over the device's dense peak",
     "memory/max_active(GiB)": "of the main rank: peak of active bytes on CUDA, peak resident set on CPU",
     "communication": "payload received by the main rank in one step, through counted collectives",
+    "state_norm": "the largest Frobenius norm of a head's state after the first held-out stream; a collapsing state explodes",
     "effective_horizon": "of a recurrent layer: tokens after which less than exp(-20) of a state is left in its slowest head, at "
     "the mean decay of the first held-out stream; a mean, so no bound for single tokens; layers without decay, or with "
     "matrices as in delta rules, are left out",
@@ -33,6 +34,7 @@ CONVENTIONS = {
 RECEIVED, MESSAGES = "communication/received_bytes/", "communication/messages/"  # by label: the label follows
 FORMULA = "communication/formula_bytes/"  # what should be received
 
+STATE_NORM = "state_norm/max"
 SHORTEST, MIDDLE = "effective_horizon/min(tokens)", "effective_horizon/median(tokens)"  # over recurrent layers
 
 Value = float | torch.Tensor
@@ -243,6 +245,12 @@ class Metrics:
         self._write(step, values)
         counted = f" over {tokens:,} tokens" if tokens is not None else ""
         self._display.message(f"step {step}: held-out loss {loss:.4f} nats per token{counted}")
+
+    def log_state_norm(self, step: int, norm: float) -> None:
+        """The largest norm of a head's state at the end of a held-out stream, after `step`."""
+        if self._is_main:
+            self._write(step, {STATE_NORM: norm})
+            self._display.message(f"step {step}: largest norm of a head's state {norm:,.3g}")
 
     def log_horizon(self, step: int, shortest: float, middle: float) -> None:
         """The effective horizon after `step`, in tokens: of the layer with the shortest, and the median over layers."""

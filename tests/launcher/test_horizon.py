@@ -10,9 +10,9 @@ import torch
 
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.data import Stream
-from longhaul.launcher.horizon import effective_horizon
+from longhaul.launcher.horizon import Look, look_at_states
 from longhaul.launcher.metrics.files import read_records
-from longhaul.launcher.metrics.metrics import MIDDLE, SHORTEST
+from longhaul.launcher.metrics.metrics import MIDDLE, SHORTEST, STATE_NORM
 from longhaul.launcher.trainer import Trainer
 from longhaul.models.mixers.mamba2 import Mamba2Config
 from longhaul.models.ops.segments import Documents
@@ -49,17 +49,18 @@ def packed(trainer: Trainer) -> Stream:
     return next(stream for stream in streams if len(stream.bounds) > 2 and stream.bounds[1] < TOKENS)
 
 
-def measured(rank: int, world_size: int, config: TrainConfig) -> tuple[float, float] | None:
+def measured(rank: int, world_size: int, config: TrainConfig) -> Look:
     trainer = Trainer(config, Runtime(rank, world_size, device="cpu"))
-    return effective_horizon(trainer.model, trainer.engine, packed(trainer), trainer.runtime.device, most=TOKENS)
+    return look_at_states(trainer.model, trainer.engine, packed(trainer), trainer.runtime.device, most=TOKENS)
 
 
 class GatesOf(WholeSequence):
     """Keeps the log decays [T, H] that Mamba-2 gives to its scans."""
 
     def scan(self, op: Any, x: Any, state: Any = None) -> Any:
-        self.gates = [*getattr(self, "gates", []), x[3]]
-        return super().scan(op, x, state)
+        out, after = super().scan(op, x, state)
+        self.gates, self.after = [*getattr(self, "gates", []), x[3]], [*getattr(self, "after", []), after]
+        return out, after
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -67,14 +68,15 @@ def test_it_is_that_of_the_gates_on_any_number_of_ranks(ranks: int, folder: Path
     trainer = Trainer(three_layers(folder, "mamba2", "oracle"), Runtime(device="cpu"))
     stream = packed(trainer)
     bounds = (*(bound for bound in stream.bounds if bound < TOKENS), TOKENS)
-    shard = GatesOf(Documents(bounds, stream.first_position))
+    shard = GatesOf(Documents(bounds, stream.first_position), keep_state=True)
     with torch.no_grad():
         trainer.model.model(stream.tokens[:TOKENS], shard)
     layers = [max((20 / -gates.double().mean(0)).tolist()) for gates in shard.gates]
     assert len(layers) == 3
     config = three_layers(folder, "mamba2", f"measured{ranks}", ranks)
     for found in run_ranks(measured, ranks, config=config) if ranks > 1 else [measured(0, 1, config)]:
-        assert found == pytest.approx((min(layers), median(layers)), rel=1e-4)
+        assert found.horizons == pytest.approx((min(layers), median(layers)), rel=1e-4)
+        assert found.norm == pytest.approx(max(S.flatten(1).norm(dim=1).max().item() for S in shard.after), rel=1e-4)
 
 
 SLOWEST = 1 - 1 / 64  # decay of the second of two heads of retention
@@ -83,7 +85,9 @@ SLOWEST = 1 - 1 / 64  # decay of the second of two heads of retention
 @pytest.mark.parametrize(("mixer", "tokens"), [("retention", 20 / -math.log(SLOWEST)), ("deltanet", None)])
 def test_constant_decays_and_none(mixer: str, tokens: float | None, folder: Path) -> None:
     found = measured(0, 1, three_layers(folder, mixer, mixer))
-    assert found == (None if tokens is None else pytest.approx((tokens, tokens), rel=1e-5))
+    assert found.norm is not None
+    assert found.norm > 0
+    assert found.horizons == (None if tokens is None else pytest.approx((tokens, tokens), rel=1e-5))
 
 
 def test_a_run_records_it_and_is_the_same_run(folder: Path) -> None:
@@ -93,3 +97,4 @@ def test_a_run_records_it_and_is_the_same_run(folder: Path) -> None:
     found = [record for record in read_records(folder / "every2") if SHORTEST in record]
     assert [record["step"] for record in found] == [2, 4]
     assert all(0 < record[SHORTEST] <= record[MIDDLE] for record in found)
+    assert [record["step"] for record in read_records(folder / "every2") if record.get(STATE_NORM, 0) > 0] == [2, 4]
