@@ -275,6 +275,10 @@ class TrainingConfig:
     """Run each stream in chunks of so many tokens and keep only the states at their borders: for streams longer than memory,
     with the gradients of the whole (docs/streaming.md); whole if left out."""
 
+    stream_truncated: bool = False
+    """With stream_tokens: hand states on without gradients and run each chunk once, cheaper and not exact: truncated
+    backpropagation through time."""
+
     eval_every: int = 0
     """Steps between evaluations on held-out documents; 0 evaluates after the last step only."""
 
@@ -301,6 +305,8 @@ class TrainingConfig:
             _at_least("train.global_batch_size", self.global_batch_size, 1)
         if self.stream_tokens is not None:
             _at_least("train.stream_tokens", self.stream_tokens, 1)
+        if self.stream_truncated and self.stream_tokens is None:
+            raise UserError("train.stream_truncated needs train.stream_tokens, the tokens of a chunk: give them, or leave it out.")
         _one_of("train.precision", self.precision, (*PRECISIONS, "fp8"))
         if self.compile and self.activation_checkpointing == "selective":
             raise UserError(
@@ -396,6 +402,8 @@ class TrainConfig:
         degrees = self.parallel.degrees(world_size)
         batch = self.train.global_batch_size or degrees.data
         planned = self.parallel.planner.enabled
+        if planned and self.train.stream_truncated:
+            raise UserError("train.stream_truncated cannot be used with parallel.planner, which streams exactly: leave one out.")
         if planned and self.data.carry_state:
             raise UserError(
                 "data.carry_state needs a stream's documents in order, but parallel.planner runs them as they fit best: leave "

@@ -56,6 +56,7 @@ class Stepper:
         precision: `fp32` or `bf16`.
         carry_state: a stream's first document goes on from the state the stream before ended with.
         stream_tokens: run each stream in chunks of so many tokens, keeping only the states at their borders; whole if None.
+        stream_truncated: states between chunks carry no gradients.
         stop_signal: asked at every boundary.
     """
 
@@ -70,6 +71,7 @@ class Stepper:
         precision: str = "fp32",
         carry_state: bool = False,
         stream_tokens: int | None = None,
+        stream_truncated: bool = False,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> None:
         self.model, self.engine, self.runtime, self.optimizer = model, engine, runtime, optimizer
@@ -84,6 +86,7 @@ class Stepper:
                 stream_tokens,
                 lambda documents, keep_state: engine.shard(documents, runtime.device, keep_state),
                 keep="cpu",  # flat memory on a GPU, for a copy of one state a chunk
+                truncate=stream_truncated,
                 accumulate=model.accumulate,
             )
 

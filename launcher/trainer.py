@@ -138,6 +138,7 @@ class Trainer:
             "precision": "fp32" if config.train.precision == "fp32" else "bf16",
             "carry_state": config.data.carry_state,
             "stream_tokens": config.train.stream_tokens,
+            "stream_truncated": config.train.stream_truncated,
             "stop_signal": stop_signal,
         }
         self.planned = planned_stepper(config, self.data, self.model, self.mesh, self.engine, runtime, self.optimizer, options)
@@ -236,6 +237,9 @@ class Trainer:
             if self.runtime.is_main:
                 metrics.record(baselines=baselines(self.data))
             stages = self.pipeline.describe() if self.pipeline is not None else []
+            for name, module in self.model.model.named_modules():
+                if getattr(module, "inexact", None):
+                    metrics.message(f"warning: {name}: {module.inexact}, so results depend on where streams are cut")
             for message in (*self.mesh.describe().splitlines(), *stages, *self.messages):
                 metrics.message(message)
             news = EngineNews(self.engine, metrics)

@@ -1,5 +1,6 @@
 """Streaming over ranks: each chunk is spread over them, and gradients are those of the whole stream in one process."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from longhaul.launcher.batches import stream_indices
 from longhaul.launcher.step import Stepper
 from longhaul.models.config import LINEAR_MIXERS, ModelConfig
+from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
 from longhaul.models.mixers.attention import AttentionConfig
 from longhaul.models.moe import MoEConfig
@@ -137,6 +139,20 @@ def test_evaluation_of_the_trainer_is_that_of_the_whole() -> None:
         )
         found.append(torch.tensor(stepper.evaluate(samples, 0, 1)[0], dtype=torch.float64))
     assert_close(found[1], found[0], "loss")
+
+
+def test_a_truncated_run_starts_alike_and_goes_its_own_way(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    found = []
+    for truncated in (False, True):
+        train = {"stream_tokens": 37, "stream_truncated": truncated, "steps": 1}
+        config = tiny(tmp_path, data={}, checkpoint={"every": 0}, train=train, optimizer={"name": "sgd"})
+        found.append(train_rank(0, 1, config)[1])
+    differences = {name: (found[1][name] - value).abs().max().item() for name, value in found[0].items()}
+    assert max(differences.values()) > 1e-5, "truncation changed no gradient"
+    assert all(math.isfinite(value) for value in differences.values())
+    with pytest.raises(UserError, match="stream_tokens"):
+        tiny(tmp_path, train={"stream_truncated": True})
 
 
 @pytest.mark.parametrize("carry_state", (False, True))
