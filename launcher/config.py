@@ -306,7 +306,7 @@ class TrainingConfig:
         if self.stream_tokens is not None:
             _at_least("train.stream_tokens", self.stream_tokens, 1)
         if self.stream_truncated and self.stream_tokens is None:
-            raise UserError("train.stream_truncated needs train.stream_tokens, the tokens of a chunk: give them, or leave it out.")
+            raise UserError("train.stream_truncated needs train.stream_tokens, a chunk's tokens: give them, or leave it out.")
         _one_of("train.precision", self.precision, (*PRECISIONS, "fp8"))
         if self.compile and self.activation_checkpointing == "selective":
             raise UserError(

@@ -26,9 +26,9 @@ class MetricsConfig:
     """Peak FLOP/s of one process's device, for MFU; by default that of the GPU if it is a known one, else no MFU."""
 
     horizon_every: int = 0
-    """Steps between measurements of the effective horizon of recurrent layers: tokens after which less than exp(-20) of a state
-    is left, at the mean decay of a held-out stream, in each layer's slowest head; and of the largest norm of a head's state at its
-    end, which explodes where a state collapses. Costs a forward each time; 0 never measures."""
+    """Steps between measurements of the effective horizon of recurrent layers (tokens after which less than exp(-20) of a state
+    is left, at the mean decay of a held-out stream, in each layer's slowest head) and of the largest norm of a head's state
+    at its end, which explodes where a state collapses. Costs a forward each time; 0 never measures."""
 
     def __post_init__(self) -> None:
         if self.horizon_every < 0:
