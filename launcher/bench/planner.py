@@ -3,8 +3,9 @@
 The documents are the sources of Python, at the length scale of a BPE (bytes / 3.6), rounded up to a grid of four lengths an
 octave. Every kernel is timed here, alone, at the lengths that ranks will hold: a linear layer and the head on a rank's share
 of a document, a softmax layer on the two chunks of the zigzag layout. More ranks than cores cannot compute side by side,
-so each rank *sleeps* for those times, never for the fitted model's; groups, exchanges of states and all-to-alls are real, on an
-emulated wire. The planner knows half of the lengths, through `longhaul plan calibrate`'s fit; the others are held out.
+so each rank *sleeps* for those times, never for the fitted model's; groups, exchanges of states and all-to-alls are real, on
+an emulated wire. The planner knows half of the lengths, through `longhaul plan calibrate`'s fit; the others are held out.
+After the first step it also knows, as in training, what micro-batches took.
 
 The wire is as fast beside this machine's kernels as the published cluster's links are beside its GPUs: an all-to-all across
 nodes takes 2.2 times the linear work of a layer, inside a node 0.11 times.
@@ -36,7 +37,9 @@ from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import KVState, WholeSequence
-from longhaul.parallel.planner import Cluster, CostModel, Link, Plan, plan
+from longhaul.parallel.planner import Cluster, CostModel, Link, MicroBatch, Plan, plan
+from longhaul.parallel.planner.calibrate import Sample
+from longhaul.parallel.planner.learn import Learner
 from longhaul.parallel.planner.plan import planned
 from longhaul.parallel.planner.problem import Problem, Work
 from longhaul.parallel.planner.static import fixed
@@ -167,11 +170,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     longest = max(lengths)
     a_token = times["L", longest, 1] / longest if "L" in letters else times["N", lengths[0], 1] / lengths[0]
     bytes_a_token = 2 * 4 * 4 * options.width
-    links = Links(options.node, options.delay * 1e-3, bytes_a_token / (INSIDE * a_token), bytes_a_token / (ACROSS * a_token))
+    inside, across = (bytes_a_token / (share * a_token) for share in (INSIDE, ACROSS))
+    links = Links(options.node, options.delay * 1e-3, inside, across, options.slow)
     rows = [_pattern(shape, steps, fitted, times, overhead, links, options) for shape in shapes]
     return {
         "rows": rows, "errors": fitted.errors, "device": device_name(torch.device("cpu")), "inside": links.inside,
-        "across": links.across, "tokens": [sum(step) for step in steps], "longest": longest,
+        "across": links.across, "tokens": [sum(step) for step in steps[1:]], "longest": longest,
     }  # fmt: skip
 
 
@@ -185,34 +189,66 @@ def _pattern(
         facts, config, Constants("measured", fitted.rates), options.ranks, linear_engine="all_gather", softmax_engine="head_split"
     )
     # The kernels that are slept have no model states; memory is what --memory-tokens says.
-    model = replace(model, fixed_bytes=0.0)
+    own = {letter: overhead[letter] for letter in dict.fromkeys((*shape.layers, HEAD))}
+    model = replace(model, fixed_bytes=0.0, bias=max(model.bias, sum(_layers(shape, own))))
     levels = (Link(links.node, links.inside, links.delay), Link(options.ranks, links.across, links.delay))
     memory = (options.memory_tokens + 0.5) * model.bytes_per_token
     carried = {}
     for size in (1 << power for power in range(1, options.ranks.bit_length())):  # a rank's own part does not travel
         carried[size] = (links.inside if size <= links.node else links.across) * size / (size - 1)
     cluster = Cluster(options.ranks, memory, levels if links.node < options.ranks else levels[:1], carried)
-    own = {letter: overhead[letter] for letter in dict.fromkeys((*shape.layers, HEAD))}
+    # The first step is planned with what the kernels say; its micro-batches teach the rest what a micro-batch costs here.
+    first = _contest(shape, steps[:1], cluster, model, times, own, links, options)
+    learner = Learner(model, cluster)
+    for found in first.values():
+        made, seconds = found["plans"][0], found["batches"][0]
+        pairs = zip(made.micro_batches, seconds, strict=True)
+        learner = learner.update([_slowest(batch, steps[0], time) for batch, time in pairs])
+    then = _contest(shape, steps[1:], cluster, learner.model, times, own, links, options)
+    row: dict[str, Any] = {"layers": shape.layers, "first error": first[PLANNED]["error"], "contestants": {}}
+    for name, found in then.items():
+        row["contestants"][name] = {key: value for key, value in found.items() if key not in ("plans", "batches")}
+    return row
+
+
+def _slowest(batch: MicroBatch, lengths: Sequence[int], seconds: float) -> Sample:
+    group = max(batch.groups, key=lambda each: each.time)
+    return Sample(tuple(lengths[index] for index in group.documents), group.degree, seconds, group.ranks.start)
+
+
+def _contest(
+    shape: Shape, steps: Sequence[Sequence[int]], cluster: Cluster, model: CostModel, times: Times, overhead: dict[str, float],
+    links: Links, options: argparse.Namespace,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The planned steps, and those of every degree that holds all documents; what they took and should have taken."""
     contestants = {PLANNED: [plan(lengths, cluster, model, pod_ranks=0) for lengths in steps]}
     for degree in cluster.degrees:
         plans = [static_plan(lengths, cluster, model, degree) for lengths in steps]
         found = [each for each in plans if each is not None]
         if len(found) == len(plans):
             contestants[f"degree {degree}"] = found
-    jobs = [job_of(name, plans, steps, times, own) for name, plans in contestants.items()]
+    jobs = [job_of(name, plans, steps, times, overhead) for name, plans in contestants.items()]
     seen = run_on_ranks(measure, options.ranks, 1, shape, links, "all_gather", jobs)
-    row: dict[str, Any] = {"layers": shape.layers, "contestants": {}}
-    for name, plans in contestants.items():
-        measured = [sum(max(batch) for batch in zip(*(rank[name][step] for rank in seen))) for step in range(len(steps))]
-        predicted = [made.time for made in plans]
-        row["contestants"][name] = {
+    results = {}
+    for job in jobs:
+        batches = [[max(batch) for batch in zip(*(rank[job.name][step] for rank in seen))] for step in range(len(steps))]
+        measured, predicted = [sum(each) for each in batches], [made.time for made in job.plans]
+        results[job.name] = {
+            "plans": job.plans,
+            "batches": batches,
             "seconds": measured,
+            "slept": [sum(max(sum(_layers(shape, each)) for each in batch) for batch in step) for step in job.seconds],
             "predicted": predicted,
             "error": sum(abs(p / m - 1.0) for p, m in zip(predicted, measured)) / len(measured),
-            "micro_batches": [len(made.micro_batches) for made in plans],
-            "degrees": sorted({group.degree for made in plans for batch in made.micro_batches for group in batch.groups}),
+            "micro_batches": [len(made.micro_batches) for made in job.plans],
+            "degrees": sorted({group.degree for made in job.plans for batch in made.micro_batches for group in batch.groups}),
         }
-    return row
+    return results
+
+
+def _layers(shape: Shape, times: dict[str, float]) -> list[float]:
+    """Seconds of each layer and the head."""
+    return [times[letter] for letter in (*shape.layers, HEAD)]
 
 
 def _config(layers: str, options: argparse.Namespace) -> TrainConfig:
@@ -241,11 +277,12 @@ def show(found: dict[str, Any], options: argparse.Namespace, console: Console) -
         f"steps of {options.documents} documents of up to {found['longest']:,} tokens, "
         f"{', '.join(f'{tokens:,}' for tokens in found['tokens'])} in all; "
         f"wire {found['inside'] / 1e6:,.0f} and {found['across'] / 1e6:,.1f} MB/s, {options.delay:g} ms; kernels slept for the "
-        "time they took alone at these lengths",
+        f"time they took alone at these lengths, in slow motion {options.slow:g}",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("layers", "contestant", "degrees", "micro-batches", "s a step", "over planned", "prediction error")
+    columns = ("degrees", "micro-batches", "s a step", "of it slept", "over planned", "prediction error")
+    table = Table("layers", "contestant", *columns)
     for row in found["rows"]:
         base = sum(row["contestants"][PLANNED]["seconds"])
         for name, each in row["contestants"].items():
@@ -256,12 +293,15 @@ def show(found: dict[str, Any], options: argparse.Namespace, console: Console) -
                 ", ".join(map(str, each["degrees"])),
                 ", ".join(map(str, each["micro_batches"])),
                 f"{sum(seconds) / len(seconds):.2f}",
+                f"{sum(each['slept']) / len(seconds):.2f}",
                 f"{sum(seconds) / base:.2f}",
                 f"{each['error']:.1%}",
             )
     console.print(table)
     errors = ", ".join(f"{name} {error:.1%}" for name, error in found["errors"].items() if name != DENSE)
     console.print(f"mean error of the fit on held-out lengths: {errors}", highlight=False, soft_wrap=True)
+    before = ", ".join(f"{row['layers']} {row['first error']:.1%}" for row in found["rows"])
+    console.print(f"prediction error of the first step, from kernels alone: {before}", highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -272,7 +312,7 @@ def main(argv: Sequence[str]) -> int:
         ("node", 4, "ranks of an emulated node"),
         ("memory-tokens", 1100, "that fit on a rank"),
         ("documents", 64, "of a step"),
-        ("steps", 3, "measured"),
+        ("steps", 3, "the first of which teaches the planner, the others are measured"),
         ("longest", 8192, "tokens; longer documents are left out"),
         ("layers", 4, "of the model"),
         ("heads", 4, "of a layer"),
@@ -283,11 +323,14 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
     parser.add_argument("--patterns", nargs="+", default=["N", "LLLN"], help="of L and N, each repeated (default: N LLLN)")
     parser.add_argument("--delay", type=float, default=0.2, help="ms of the emulated wire (default: %(default)s)")
+    parser.add_argument("--slow", type=float, default=2.5, help="slow motion of sleeps and wire (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args(argv)
     for name in ("ranks", "node", "memory_tokens", "documents", "steps", "layers", "heads", "repeats"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1.")
+    if options.steps < 2 or not options.slow > 0:
+        raise UserError(f"--steps is {options.steps} and --slow {options.slow:g}: give at least 2 steps, and a number above 0.")
     if options.ranks < 2 or options.ranks & (options.ranks - 1) or options.ranks > 8:
         raise UserError(f"--ranks is {options.ranks}: give 2, 4 or 8.")
     if options.longest < 128 or options.longest > options.ranks * options.memory_tokens:

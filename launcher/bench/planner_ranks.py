@@ -28,15 +28,20 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Links:
-    """Emulated: delay in seconds, bytes a second inside of nodes of `node` ranks, and across."""
+    """Emulated: delay in seconds, bytes a second inside of nodes of `node` ranks, and across.
+
+    `slow`: of slow motion. Sleeps and wire take so many times their time, and what is measured is divided by it, so that the
+    machine's own cost of a collective among more ranks than cores counts that much less.
+    """
 
     node: int
     delay: float
     inside: float
     across: float
+    slow: float = 1.0
 
     def wire(self, ranks: int) -> Wire:
-        return Wire(self.delay, self.inside if ranks <= self.node else self.across)
+        return Wire(self.delay * self.slow, (self.inside if ranks <= self.node else self.across) / self.slow)
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,16 @@ def measure(runtime: Runtime, shape: Shape, links: Links, exchange: str, jobs: S
             for batch, seconds in zip(job.plans[step].micro_batches, job.seconds[step], strict=True):
                 runtime.barrier()
                 start = time.perf_counter()
-                _run(executor, batch, seconds, shape)
+                _run(executor, batch, seconds, shape, links.slow)
                 runtime.barrier()
-                times.append(time.perf_counter() - start)
+                times.append((time.perf_counter() - start) / links.slow)
             found[job.name].append(times)
     return found
 
 
-def _run(executor: Executor, batch: MicroBatch, seconds: Sequence[dict[str, float]], shape: Shape) -> None:
+def _run(
+    executor: Executor, batch: MicroBatch, seconds: Sequence[dict[str, float]], shape: Shape, slow: float = 1.0
+) -> None:
     """One micro-batch on this rank."""
     place = executor.mesh.data_rank
     for group, times in zip(batch.groups, seconds, strict=True):
@@ -102,7 +109,7 @@ def _run(executor: Executor, batch: MicroBatch, seconds: Sequence[dict[str, floa
             tokens = group.tokens
             held = group.cuts[place - group.ranks.start + 1] - group.cuts[place - group.ranks.start]
             for reverse in (False, True):
-                share = 1 - FORWARD if reverse else FORWARD
+                share = slow * (1 - FORWARD if reverse else FORWARD)
                 for letter in reversed(shape.layers) if reverse else shape.layers:
                     time.sleep(share * times[letter])
                     (_tokens if letter == "N" else _states)(engine, tokens, held, shape, reverse)
