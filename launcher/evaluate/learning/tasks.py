@@ -149,7 +149,7 @@ TASKS = {
         rates=(5e-3, 1e-2),
         tokens=1024,
     ),
-    "parity": Task(sample=parity, vocab_size=2, chance=1 / 2, steps=400, **_TRACKING),
+    "parity": Task(sample=parity, vocab_size=2, chance=1 / 2, steps=800, **_TRACKING),
     "modular": Task(sample=modular, vocab_size=3, chance=1 / 3, steps=800, **_TRACKING),
     "long_recall": Task(
         sample=long_recall,
