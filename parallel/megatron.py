@@ -101,7 +101,7 @@ class MegatronMixer(nn.Module):
         *,
         model: ModelConfig,
         mixer: str,
-        engine: dict[str, str],
+        engine: dict[str, Any],
         seed: int,
     ) -> None:
         super().__init__()
@@ -112,8 +112,9 @@ class MegatronMixer(nn.Module):
         self.engine = SequenceParallel(Comm(context_group), tensor=self.tensor, **engine)
         with torch.random.fork_rng(devices=[]):  # whole and alike on every rank, whatever Megatron's generators do
             torch.manual_seed(seed + layer_number)
-            self.mixer: Any = MIXERS[mixer].build(model, layer_number - 1)
-            self.mixer.reset_parameters()
+            built: Any = MIXERS[mixer].build(model, layer_number - 1)
+            built.reset_parameters()
+        self.mixer: nn.Module = built
         for plug in ("recall", "auxiliary"):
             if hasattr(self.mixer, plug):
                 raise UserError(f"{mixer} has a {plug} between layers, which a Megatron layer has no place for: use another.")
