@@ -26,8 +26,18 @@ def run_on_ranks(function: Callable[..., Result], world_size: int, threads: int,
     with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
         context = multiprocessing.get_context("spawn")
         answers = context.SimpleQueue()
-        spawn(_rank, (function, world_size, threads, folder, answers, args), nprocs=world_size, join=True)
-        results = dict(answers.get() for _ in range(world_size))
+        running = spawn(_rank, (function, world_size, threads, folder, answers, args), nprocs=world_size, join=False)
+        results: dict[int, Result] = {}
+        finished = False
+        while len(results) < world_size:
+            # Taken while they run: a pipe holds little, and a rank that cannot hand its answer over keeps the others waiting.
+            while not answers.empty():
+                rank, result = answers.get()
+                results[rank] = result
+            assert len(results) == world_size or not finished, "a rank ended without an answer"
+            finished = finished or running.join(timeout=0.05)
+        while not finished:
+            finished = running.join()
     return [results[rank] for rank in range(world_size)]
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from longhaul.launcher.bench import engines, kv_ring, namespaces, regret
 from longhaul.launcher.bench.cli import main
 from longhaul.launcher.bench.engine_ranks import Layer, Phases, linear_slept, measure_phases
+from longhaul.launcher.bench.ranks import run_on_ranks
 from longhaul.models.errors import UserError
 from longhaul.models.ops.scalar_decay.naive import scalar_decay
 from longhaul.models.ops.segments import Documents, Segments
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.exchange.cost import FLAT
+from longhaul.parallel.runtime import Runtime
 from tests.harness import run_ranks
 from tests.harness.numerics import assert_close
 
@@ -219,3 +221,11 @@ def test_a_machine_without_namespaces_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="needs root and the commands ip and tc"):
         main(["engines", "--namespaces"])
+
+
+def many_numbers(runtime: Runtime) -> dict[str, Any]:
+    return {"numbers": list(range(100_000))}
+
+
+def test_answers_larger_than_a_pipe_come_back() -> None:
+    assert [answer["numbers"][-1] for answer in run_on_ranks(many_numbers, 1, 1)] == [99_999]
