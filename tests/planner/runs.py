@@ -13,6 +13,8 @@ import torch
 
 from longhaul.launcher.parsing import parse
 from longhaul.launcher.trainer import Trainer
+from longhaul.parallel.comm import Comm
+from longhaul.parallel.network import Network
 from longhaul.parallel.runtime import Runtime
 from tests.launcher.runs import whole
 
@@ -56,11 +58,17 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _steady(comm: Comm, device: Any) -> Network:
+    """Links that are the same on every machine and under every load, so that plans are."""
+    return Network.even(comm.size, 1e-4, 1e9)
+
+
 def job(
     rank: int, world_size: int, argv: Sequence[str], dtype: torch.dtype = torch.float32, clock: Any = None
 ) -> dict[str, Any]:
     """Run on one rank; what it saw: gradients of step 1, parameters, losses, and the plans if there were any."""
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch("longhaul.launcher.trainer.write_results"):
+    steady = mock.patch("longhaul.launcher.planned.inputs.probe", _steady)
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("longhaul.launcher.trainer.write_results"), steady:
         torch.set_default_dtype(dtype)
         try:
             trainer = Trainer(parse(list(argv)), Runtime(rank, world_size, rank, device="cpu", timeout=120.0))

@@ -82,8 +82,8 @@ def test_planned_with_tensor_groups_and_with_copies(folder: Path, extra: str) ->
     for result in found:
         assert result["plans"] == found[0]["plans"]
         assert result["losses"] == pytest.approx(static["losses"], rel=1e-9)
-    degrees, _ = shapes(found[0]["plans"], 2)
-    assert degrees >= {1, 2}
+    degrees, _ = shapes(found[0]["plans"], 4)
+    assert len(degrees) > 1, "the comparison saw one kind of micro-batch only"
 
 
 def test_planned_is_the_static_job_on_8_ranks_in_float64(folder: Path) -> None:
