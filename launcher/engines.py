@@ -14,8 +14,8 @@ from longhaul.parallel.exchange.registry import EXCHANGES
 from longhaul.parallel.layout import LAYOUTS, SequenceLayout
 
 if TYPE_CHECKING:
-    from .config import ParallelConfig
     from .metrics import Metrics
+    from .parallel_config import ParallelConfig
 
 
 class Key(NamedTuple):

@@ -9,7 +9,7 @@ from longhaul.models.errors import UserError
 from longhaul.parallel.planner.plan import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
-    from longhaul.launcher.config import ParallelConfig
+    from longhaul.launcher.parallel_config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
