@@ -15,7 +15,7 @@ from longhaul.parallel.pipeline.stages import check_schedule
 
 from .batches import place
 from .data import Stream, ValidationStreams
-from .step import Stepper, StepResult
+from .step import Stepper, StepResult, own_share
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -64,6 +64,7 @@ class PipelinedStepper(Stepper):
         super().__init__(*arguments, **options)
         device = self.runtime.device
         self.schedule = Schedule(pipeline, micro_batches, self._precision, self.model.dtype, device)
+        self.at_once = pipeline.comm.size  # so many fill the pipeline
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.bf16)
@@ -77,25 +78,10 @@ class PipelinedStepper(Stepper):
             loss = self.schedule.train(batches, scale)
         return self._finish(loss, scale, weight, rate)
 
-    @torch.no_grad()
-    def evaluate(self, streams: ValidationStreams, data_rank: int, data_size: int) -> tuple[float, float, int]:
-        device = self.runtime.device
-        totals = [0.0, 0.0]
-        self.model.model.eval()
-        signal = 0
-        together = self.schedule.comm.size * data_size  # so many fill the pipeline
-        for first in range(0, len(streams), together):
-            batches = []
-            for index in range(first + data_rank, min(first + together, len(streams) + data_rank), data_size):
-                # Every process takes part in every forward; one without a stream left runs the last one at weight zero.
-                batch = place(streams[min(index, len(streams) - 1)], self.engine, device)
-                batch.weights = batch.weights * float(index < len(streams))
-                batches.append(batch)
-            loss, weight = self.schedule.evaluate(batches)
-            totals = [totals[0] + loss, totals[1] + weight]
-            signal = self.runtime.maximum(self.stop_signal())
-            if signal:
-                break
-        self.model.model.train()
-        loss, weight = self.runtime.sum(totals)
-        return loss / max(weight, 1.0), weight, signal
+    def _judge(self, streams: ValidationStreams, numbers: range, data_rank: int, data_size: int) -> tuple[float, float]:
+        batches = []
+        for stream, counts in own_share(streams, numbers, data_rank, data_size):
+            batch = place(stream, self.engine, self.runtime.device)
+            batch.weights = batch.weights * counts
+            batches.append(batch)
+        return self.schedule.evaluate(batches)

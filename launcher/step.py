@@ -6,7 +6,7 @@ before the first forward, so every process scales its own sum by it and gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,9 @@ class Stepper:
         stream_truncated: states between chunks carry no gradients.
         stop_signal: asked at every boundary.
     """
+
+    at_once = 1
+    """Held-out streams that a data-parallel group judges between two questions for signals."""
 
     def __init__(
         self,
@@ -138,29 +141,42 @@ class Stepper:
         Returns:
             Nats per valid token, valid tokens, and the signal that cut the evaluation short (0: none did).
         """
-        device = self.runtime.device
         totals = [0.0, 0.0]
         self.model.model.eval()
-        signal = 0
-        for first in range(0, len(streams), data_size):
-            # Every process takes part in every forward; one without a stream left runs the last one at weight zero.
-            index = first + data_rank
-            stream = streams[min(index, len(streams) - 1)]
-            counts = 1.0 if index < len(streams) else 0.0
-            if self.streaming is not None:
-                whole = _long(stream)
-                output: Any = self.streaming.evaluate(whole._replace(weights=whole.weights * counts))
-            else:
-                batch = place(stream, self.engine, device)
-                output = self._run(batch.tokens, batch.shard, None, labels=batch.labels, weights=batch.weights * counts)
-            totals[0] += float(output.loss_sum)
-            totals[1] += float(output.weight_sum)
+        signal, together = 0, self.at_once * data_size
+        for first in range(0, len(streams), together):
+            found = self._judge(streams, range(first, min(first + together, len(streams))), data_rank, data_size)
+            totals = [total + value for total, value in zip(totals, found)]
             signal = self.runtime.maximum(self.stop_signal())
             if signal:
                 break
         self.model.model.train()
         loss, weight = self.runtime.sum(totals)
         return loss / max(weight, 1.0), weight, signal
+
+    def _judge(self, streams: ValidationStreams, numbers: range, data_rank: int, data_size: int) -> tuple[float, float]:
+        """Sums of loss and weight over the tokens held here of some held-out streams, `at_once` for each group or fewer."""
+        loss = weight = 0.0
+        for stream, counts in own_share(streams, numbers, data_rank, data_size):
+            if self.streaming is not None:
+                whole = _long(stream)
+                output: Any = self.streaming.evaluate(whole._replace(weights=whole.weights * counts))
+            else:
+                batch = place(stream, self.engine, self.runtime.device)
+                output = self._run(batch.tokens, batch.shard, None, labels=batch.labels, weights=batch.weights * counts)
+            loss, weight = loss + float(output.loss_sum), weight + float(output.weight_sum)
+        return loss, weight
+
+
+def own_share(
+    streams: ValidationStreams, numbers: range, data_rank: int, data_size: int
+) -> Iterator[tuple[Stream, float]]:
+    """The streams of these that a data-parallel group runs, each with what its weights count.
+
+    Every process takes part in every forward: one without a stream left runs the last one at weight zero.
+    """
+    for index in range(numbers.start + data_rank, numbers.stop + data_rank, data_size):
+        yield streams[min(index, len(streams) - 1)], float(index < len(streams))
 
 
 def _long(stream: Stream) -> LongStream:

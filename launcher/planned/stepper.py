@@ -76,29 +76,17 @@ class PlannedStepper(Stepper):
         result = self._finish(loss, scale, step.weight, rate)
         return result.saying(self._account(step, watch))
 
-    @torch.no_grad()
-    def evaluate(self, streams: ValidationStreams, data_rank: int, data_size: int) -> tuple[float, float, int]:
-        """The loss over held-out streams, planned too, as many at a time as there are places."""
-        totals = [0.0, 0.0]
-        self.model.model.eval()
-        signal = 0
-        for first in range(0, len(streams), data_size):
-            step = self.planner.make([streams[index] for index in range(first, min(first + data_size, len(streams)))])
-            outputs = []
-            for batch in self._prepare(step):
-                placed = self.executor.place(batch, step.lengths, step.positions)
-                if not placed.idle or self.model.lockstep:
-                    outputs.append(self._forward(step, placed))
-            if self.streaming is not None:
-                outputs += [self.streaming.evaluate(self._whole(step, piece)) for piece in step.long]
-            totals[0] += sum(float(output.loss_sum) for output in outputs)
-            totals[1] += sum(float(output.weight_sum) for output in outputs)
-            signal = self.runtime.maximum(self.stop_signal())
-            if signal:
-                break
-        self.model.model.train()
-        loss, weight = self.runtime.sum(totals)
-        return loss / max(weight, 1.0), weight, signal
+    def _judge(self, streams: ValidationStreams, numbers: range, data_rank: int, data_size: int) -> tuple[float, float]:
+        """Held-out streams are planned too, as many at a time as there are places."""
+        step = self.planner.make([streams[index] for index in numbers])
+        outputs = []
+        for batch in self._prepare(step):
+            placed = self.executor.place(batch, step.lengths, step.positions)
+            if not placed.idle or self.model.lockstep:
+                outputs.append(self._forward(step, placed))
+        if self.streaming is not None:
+            outputs += [self.streaming.evaluate(self._whole(step, piece)) for piece in step.long]
+        return sum(float(output.loss_sum) for output in outputs), sum(float(output.weight_sum) for output in outputs)
 
     def _prepare(self, step: Step) -> Sequence[Any]:
         """The step's micro-batches, their groups made."""
