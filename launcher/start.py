@@ -1,4 +1,4 @@
-"""Where a run begins: its folder, and the checkpoint it goes on from."""
+"""Where a run begins: its data, its folder, and the checkpoint it goes on from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from longhaul.models.errors import UserError
 from longhaul.parallel.checkpoint import Checkpoint, find, remove_leftovers, steps_in, write_atomically
+from longhaul.parallel.runtime import Runtime
 
 from .config import TrainConfig
+from .data import Data, load_data
 from .load import RESOLVED
 from .parsing import to_yaml
 from .state import check_fingerprint
@@ -68,3 +70,28 @@ def claim_folder(config: TrainConfig, parameters: int) -> None:
         write_atomically(folder / RESOLVED, to_yaml(config))
     except OSError as error:
         raise UserError(f"Cannot write to checkpoint.folder {folder} ({error.strerror}): give another one.") from None
+
+
+def load_on_every_machine(config: TrainConfig, runtime: Runtime) -> Data:
+    """One process of each machine reads documents and fills the cache of tokens, then the others find it."""
+    data: Data | None = None
+    for turn in (True, False):
+        error: UserError | None = None
+        if (runtime.local_rank == 0) == turn:
+            try:
+                data = load_data(config.data)
+            except UserError as mistake:
+                error = mistake
+        runtime.agree_on_error(error)
+    assert data is not None
+    return data
+
+
+def check_vocabulary(config: TrainConfig, data: Data) -> None:
+    """UserError if the tokenizer knows tokens that the model does not."""
+    if config.model.vocab_size < data.vocab_size:
+        masks = " and one for the masks of data.prefix_length" if config.data.prefix_length else ""
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{data.tokenizer.vocab_size}{masks}: raise it to at least {data.vocab_size}, best a multiple of 8."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,37 +13,29 @@ from typing import Any
 
 import torch
 
-from longhaul.models.compiled import check_compiler, compile_token_local
 from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
-from longhaul.models.low_precision import check_fp8, convert_to_fp8
 from longhaul.models.ops.segments import Documents
 from longhaul.parallel.checkpoint import Checkpoints, SaveError
-from longhaul.parallel.comm import Comm, Ledger
-from longhaul.parallel.data import DataParallel
-from longhaul.parallel.deepspeed import ZeroParallel
-from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
-from longhaul.parallel.expert import ExpertParallel
+from longhaul.parallel.comm import Ledger
 from longhaul.parallel.mesh import ParallelMesh
-from longhaul.parallel.pipeline.layers import PipelineParallel
 from longhaul.parallel.runtime import Runtime
-from longhaul.parallel.tensor import TensorParallel
 
 from .batches import stream_indices
+from .build import build, make_engine
 from .config import TrainConfig
-from .data import Data, load_data
-from .engines import EngineNews, engine_arguments
+from .engines import EngineNews
 from .expected import ExpectedTraffic, expected_traffic
 from .facts import baselines, describe_run
 from .finish import write_results
 from .horizon import look_at_states
 from .load import RESOLVED
 from .metrics import Metrics, traffic_of
-from .optimizer import learning_rate, make_optimizer, undecayed_names
+from .optimizer import learning_rate
 from .parsing import to_yaml
-from .pipelined import PipelinedStepper, stages_per_rank
+from .pipelined import PipelinedStepper
 from .planned.setup import planned_stepper
-from .start import claim_folder, find_start, make_folder
+from .start import check_vocabulary, claim_folder, find_start, load_on_every_machine, make_folder
 from .state import collect, fingerprint, restore
 from .step import Stepper
 
@@ -79,60 +70,14 @@ class Trainer:
         self.folder = Path(config.checkpoint.folder)
         runtime.on_main(lambda: make_folder(self.folder))
         torch.use_deterministic_algorithms(config.train.deterministic)
-        self.data = _load_on_every_machine(config, runtime)
+        self.data = load_on_every_machine(config, runtime)
         self.mesh = ParallelMesh(config.parallel.degrees(runtime.world_size), runtime.rank, runtime.device.type)
         self.ledger = Ledger()
-        self.engine = SequenceParallel(
-            Comm(self.mesh.sequence_group, self.ledger),
-            **engine_arguments(config.parallel),
-            tensor=Comm(self.mesh.tensor_group, self.ledger),
-            levels=self._levels(),
+        self.engine = make_engine(config, self.mesh, runtime, self.ledger)
+        check_vocabulary(config, self.data)
+        self.model, self.optimizer, self.pipeline, self.parameters, self.flops_per_token = build(
+            config, self.make_model(), self.mesh, self.engine, runtime
         )
-        if config.model.vocab_size < self.data.vocab_size:
-            masks = " and one for the masks of data.prefix_length" if config.data.prefix_length else ""
-            raise UserError(
-                f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
-                f"{self.data.tokenizer.vocab_size}{masks}: raise it to at least {self.data.vocab_size}, best a multiple of 8."
-            )
-        torch.manual_seed(config.train.seed)  # the same initial weights on every process and any topology
-        model = LanguageModel(config.model).to(runtime.device)
-        if config.train.precision == "fp8":
-            check_fp8(runtime.device)
-            convert_to_fp8(model)
-        if config.train.compile:
-            check_compiler(runtime.device)
-            compile_token_local(model)
-        model.activation_checkpointing = config.train.activation_checkpointing
-        model.activation_offload = config.train.activation_offload
-        self.engine.check(*model.needs())
-        if model.needs()[0]:
-            self.engine.prepare(runtime.device)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.flops_per_token = model.flops_per_token(config.data.seq_length)
-        undecayed = undecayed_names(model)
-        self.pipeline = self._pipeline(model)
-        tensor = TensorParallel(model, Comm(self.mesh.tensor_group, self.ledger))
-        expert_groups = self.mesh.expert_group, self.mesh.expert_copies_group
-        experts = ExpertParallel(model, *(Comm(group, self.ledger) for group in expert_groups))
-        self.model: DataParallel
-        if config.parallel.data_parallel_backend == "deepspeed":
-            os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed asks for it, however processes are started
-            zero = config.parallel.zero_stage, config.parallel.zero_offload
-            self.model = ZeroParallel(model, self.mesh, *zero, ledger=self.ledger)
-        else:
-            self.model = DataParallel(
-                model,
-                self.mesh,
-                config.parallel.data_parallel_backend,
-                blocks=tuple(model.layers),
-                parameter_dtype=torch.bfloat16 if config.parallel.parameter_dtype == "bf16" else None,
-                ledger=self.ledger,
-                tensor=tensor,
-                experts=experts,
-                pipeline=self.pipeline,
-            )
-        self.optimizer = make_optimizer(model, config.optimizer, undecayed)
-        self.model.drive(self.optimizer)
         options: dict[str, Any] = {
             "clip": config.optimizer.clip,
             "precision": "fp32" if config.train.precision == "fp32" else "bf16",
@@ -156,26 +101,10 @@ class Trainer:
         self._resume()
         runtime.on_main(lambda: claim_folder(config, self.parameters))
 
-    def _levels(self) -> tuple[Comm, Comm] | None:
-        """Groups inside and across nodes of this sequence group, if an engine may want them."""
-        size = self.mesh.degrees.sequence
-        inner = self.config.parallel.sequence_inner_size
-        if inner is None:
-            if not {self.config.parallel.exchange, self.config.parallel.attention} & TWO_LEVELS:
-                return None
-            inner = max(n for n in range(1, size + 1) if size % n == 0 and n <= self.runtime.local_world_size)
-        inside, across = self.mesh.sequence_levels(inner)
-        return Comm(inside, self.ledger), Comm(across, self.ledger)
-
-    def _pipeline(self, model: LanguageModel) -> PipelineParallel | None:
-        """The model narrowed to the layers of this process, if processes divide them."""
-        parallel = self.config.parallel
-        if parallel.pipeline_parallel_size == 1:
-            return None
-        each = stages_per_rank(self.config)
-        comm = Comm(self.mesh.pipeline_group, self.ledger)
-        how = parallel.pipeline_schedule, each, parallel.pipeline_split, self.config.data.seq_length
-        return PipelineParallel(model, comm, *how)
+    def make_model(self) -> LanguageModel:
+        """The whole model with its initial weights: the same on every process, on any topology."""
+        torch.manual_seed(self.config.train.seed)
+        return LanguageModel(self.config.model)
 
     def _expected_traffic(self) -> ExpectedTraffic | None:
         """What a step should receive, where the streams of a step lie in one layout and run once."""
@@ -363,7 +292,6 @@ class Trainer:
             seconds = time.perf_counter() - started
             metrics.message(f"saved {self.folder / f'step_{self.step}'} in {seconds:.1f} s")
 
-
     def _settle(self, metrics: Metrics) -> None:
         """Wait for the save under way. A failed one is no reason to lose the steps since: the next may succeed."""
         try:
@@ -374,18 +302,3 @@ class Trainer:
 
 def _goes_on(error: SaveError) -> str:
     return f"warning: {error} Training goes on until the next checkpoint."
-
-
-def _load_on_every_machine(config: TrainConfig, runtime: Runtime) -> Data:
-    """One process of each machine reads documents and fills the cache of tokens, then the others find it."""
-    data: Data | None = None
-    for turn in (True, False):
-        error: UserError | None = None
-        if (runtime.local_rank == 0) == turn:
-            try:
-                data = load_data(config.data)
-            except UserError as mistake:
-                error = mistake
-        runtime.agree_on_error(error)
-    assert data is not None
-    return data
