@@ -5,16 +5,16 @@ Legend: n tokens of a rank, P ranks of a group, D model width.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from longhaul.models.ops.affine import AffineMap, Constant
 from longhaul.models.ops.segments import Documents
-from longhaul.parallel.comm import Comm, Wire
+from longhaul.parallel.comm import Wire
 from longhaul.parallel.engine import SequenceParallel
 from longhaul.parallel.executor import Executor
 from longhaul.parallel.layout import SequenceLayout
@@ -24,6 +24,7 @@ from longhaul.parallel.runtime import Runtime
 
 FORWARD = 1 / 3  # of a layer's time; the rest is its backward
 HEAD = "head"
+THIN = 64  # one in so many bytes of an all-to-all is really sent; the emulated wire takes the time of them all
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Links:
     across: float
     slow: float = 1.0
 
-    def wire(self, ranks: int) -> Wire:
-        return Wire(self.delay * self.slow, (self.inside if ranks <= self.node else self.across) / self.slow)
+    def wire(self, ranks: int, thin: int = 1) -> Wire:
+        """Of a group of so many ranks, for messages of which one in `thin` bytes is sent."""
+        return Wire(self.delay * self.slow, (self.inside if ranks <= self.node else self.across) / self.slow / thin)
 
 
 @dataclass(frozen=True)
@@ -68,59 +70,77 @@ class Shape:
     width: int
 
 
-def measure(runtime: Runtime, shape: Shape, links: Links, exchange: str, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Seconds of every micro-batch of every step, by the contestant's name, as this rank saw them."""
+Times = list[list[float]]  # of every micro-batch of every step
+
+
+def measure(
+    runtime: Runtime, shape: Shape, links: Links, exchange: str, jobs: Sequence[Job], tell: bool = False
+) -> dict[str, dict[str, Times]]:
+    """Seconds of every micro-batch of every step, by the contestant's name, as this rank saw them.
+
+    Returns:
+        `measured`, and `machine`: the same without sleeps and wire, which is this machine's own cost of running so many ranks;
+        both divided by the slow motion.
+    """
     mesh = ParallelMesh(Degrees(runtime.world_size), runtime.rank)
-
-    def engine(comm: Comm) -> SequenceParallel:
-        comm.wire = links.wire(comm.size)
-        return SequenceParallel(comm, exchange)
-
-    executor = Executor(mesh, engine)
+    executor = Executor(mesh, lambda comm: SequenceParallel(comm, exchange))
+    ranks = _Ranks(executor, shape, links)
     for job in jobs:
         for plan in job.plans:
             executor.prepare(plan)
             for batch in plan.micro_batches:  # connections are made by the first message
-                _run(executor, batch, [dict.fromkeys((*shape.layers, HEAD), 0.0)] * len(batch.groups), shape)
+                ranks.run(batch, None)
     # Contestants take turns, step by step, so that whatever else the machine does hits all alike.
-    found: dict[str, list[list[float]]] = {job.name: [] for job in jobs}
+    found: dict[str, dict[str, Times]] = {job.name: {"measured": [], "machine": []} for job in jobs}
     for step in range(len(jobs[0].plans)):
-        for job in jobs:
-            times = []
-            for batch, seconds in zip(job.plans[step].micro_batches, job.seconds[step], strict=True):
-                runtime.barrier()
-                start = time.perf_counter()
-                _run(executor, batch, seconds, shape, links.slow)
-                runtime.barrier()
-                times.append((time.perf_counter() - start) / links.slow)
-            found[job.name].append(times)
+        for kind in ("machine", "measured"):
+            for job in jobs:
+                times = []
+                for batch, seconds in zip(job.plans[step].micro_batches, job.seconds[step], strict=True):
+                    runtime.barrier()
+                    start = time.perf_counter()
+                    ranks.run(batch, seconds if kind == "measured" else None)
+                    runtime.barrier()
+                    times.append((time.perf_counter() - start) / links.slow)
+                found[job.name][kind].append(times)
+                if tell and runtime.is_main and kind == "measured":
+                    print(f"step {step + 1} of {len(job.plans)}, {job.name}: {sum(times) * links.slow:.0f} s", file=sys.stderr)
     return found
 
 
-def _run(
-    executor: Executor, batch: MicroBatch, seconds: Sequence[dict[str, float]], shape: Shape, slow: float = 1.0
-) -> None:
-    """One micro-batch on this rank."""
-    place = executor.mesh.data_rank
-    for group, times in zip(batch.groups, seconds, strict=True):
-        if place in group.ranks:
-            engine = executor.engine(group.ranks)
+class _Ranks:
+    """Micro-batches on this rank; without seconds nothing is slept, and the wire is this machine's."""
+
+    def __init__(self, executor: Executor, shape: Shape, links: Links) -> None:
+        self.executor, self.shape, self.links = executor, shape, links
+
+    def run(self, batch: MicroBatch, seconds: Sequence[dict[str, float]] | None) -> None:
+        place, shape, slow = self.executor.mesh.data_rank, self.shape, self.links.slow
+        for index, group in enumerate(batch.groups):
+            if place not in group.ranks:
+                continue
+            engine = self.executor.engine(group.ranks)
             assert engine is not None
-            tokens = group.tokens
+            times = dict.fromkeys((*shape.layers, HEAD), 0.0) if seconds is None else seconds[index]
             held = group.cuts[place - group.ranks.start + 1] - group.cuts[place - group.ranks.start]
             for reverse in (False, True):
                 share = slow * (1 - FORWARD if reverse else FORWARD)
                 for letter in reversed(shape.layers) if reverse else shape.layers:
                     time.sleep(share * times[letter])
-                    (_tokens if letter == "N" else _states)(engine, tokens, held, shape, reverse)
+                    thin = THIN if letter == "N" else 1
+                    engine.comm.wire = None if seconds is None else self.links.wire(engine.comm.size, thin)
+                    (_tokens if letter == "N" else _states)(engine, group.tokens, held, shape, reverse)
                 time.sleep(share * times[HEAD])
 
 
 def _tokens(engine: SequenceParallel, tokens: int, held: int, shape: Shape, reverse: bool) -> None:
-    """All-to-all of queries, keys and values to heads, and of outputs back, as `ulysses` sends them; or of their gradients."""
+    """All-to-all of queries, keys and values to heads, and of outputs back, as `ulysses` sends them; or of their gradients.
+
+    One in `THIN` bytes: all of them, through the memory of one machine, would cost its cores what network cards do elsewhere.
+    """
     comm = engine.comm
     for width in (3 * shape.width, shape.width):
-        block = max(1, held * width // comm.size)
+        block = max(1, held * width // comm.size // THIN)
         comm.all_to_all([torch.zeros(block) for _ in range(comm.size)], [(block,)] * comm.size, "tokens").wait()
 
 
