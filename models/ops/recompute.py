@@ -187,6 +187,16 @@ class _Done:
         return self.value
 
 
+class _Later:
+    """Work that starts when it is waited for. No class made in the call: it would hold all that `compute` holds in a cycle."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self.compute = compute
+
+    def wait(self) -> Any:
+        return self.compute()
+
+
 def taped() -> bool:
     """Whether this forward is to be recomputed, or is being so: it may then save for its backward what both can have."""
     return _TAPE.get() is not None
@@ -206,12 +216,8 @@ def begin(start: Callable[[], Pending]) -> Pending:
 
 def keep(compute: Callable[[], R]) -> R:
     """`compute()`, or, in a recomputed forward, what it returned the first time. For results without a graph."""
-
-    class Work:
-        def wait(self) -> R:
-            return compute()
-
-    return begin(Work).wait()
+    result: R = begin(lambda: _Later(compute)).wait()
+    return result
 
 
 def dear(compute: Callable[[], R]) -> R:
