@@ -157,10 +157,11 @@ class Stepper:
     def _judge(self, streams: ValidationStreams, numbers: range, data_rank: int, data_size: int) -> tuple[float, float]:
         """Sums of loss and weight over the tokens held here of some held-out streams, `at_once` for each group or fewer."""
         loss = weight = 0.0
+        longest = streams[numbers.start].tokens.shape[0]  # only the last stream of all is shorter
         for stream, counts in own_share(streams, numbers, data_rank, data_size):
             if self.streaming is not None:
                 whole = _long(stream)
-                output: Any = self.streaming.evaluate(whole._replace(weights=whole.weights * counts))
+                output: Any = self.streaming.evaluate(whole._replace(weights=whole.weights * counts), like=longest)
             else:
                 batch = place(stream, self.engine, self.runtime.device)
                 output = self._run(batch.tokens, batch.shard, None, labels=batch.labels, weights=batch.weights * counts)

@@ -195,13 +195,22 @@ class Streaming:
             return Streamed(sums.loss, sums.weight, final, cotangent, borders.peak)
 
     @torch.no_grad()
-    def evaluate(self, stream: LongStream, state: Any = None, *, keep_state: bool = False) -> Streamed:
-        """The loss alone, one chunk at a time; nothing is kept."""
+    def evaluate(self, stream: LongStream, state: Any = None, *, keep_state: bool = False, like: int = 0) -> Streamed:
+        """The loss alone, one chunk at a time; nothing is kept.
+
+        Args:
+            like: tokens of a stream whose number of forwards is run, the last ones on nothing, where this one has fewer: every
+                process takes part in every forward.
+        """
         sums = _Sums()
-        for chunk in chunks_of(stream.documents, self.chunk_tokens, keep_state):
+        chunks = chunks_of(stream.documents, self.chunk_tokens, keep_state)
+        for chunk in chunks:
             output = self._forward(stream, chunk, state, with_loss=True)
             sums.add(output)
             state = output.state
+        nothing = chunks_of(Documents((0,)), self.chunk_tokens)
+        for chunk in nothing * (-(-like // self.chunk_tokens) - len(chunks)):
+            self._forward(stream, chunk, None, with_loss=True)
         return Streamed(sums.loss, sums.weight, state, None, 0)
 
     def _every(self, n: int) -> int:

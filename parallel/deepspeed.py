@@ -137,7 +137,8 @@ class ZeroParallel(DataParallel):
         deepspeed.init_distributed(dist_init_required=False)
         states = {name: self._optimizer.state.pop(p) for name, p in self._trained if p in self._optimizer.state}
         where = {"device": "cpu", "pin_memory": device == "cuda"} if self.offload else {"device": "none"}
-        bucket = min(BUCKET, sum(p.numel() for _, p in self._trained))  # buffers are this large, whatever the model
+        whole = sum(p.numel() for _, p in self._trained)
+        bucket = min(BUCKET, whole + whole % 2)  # buffers are this large, whatever the model; DeepSpeed wants it even
         zero = {
             "stage": self.stage,
             "reduce_bucket_size": bucket,
@@ -198,7 +199,7 @@ class ZeroParallel(DataParallel):
             SimpleNamespace(state=states),
         )
 
-    def _flat(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+    def flat(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
         """Where this process holds a part of a parameter: the flat tensor that the optimizer steps, the part's offset there
         and its length, and where in the parameter it begins. None if it holds none."""
         zero = self._engine.optimizer
@@ -215,7 +216,7 @@ class ZeroParallel(DataParallel):
     def _gathered_states(self, parameter: Any) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state of a parameter, whole; every process takes part."""
         shape = parameter.ds_shape if self.stage == 3 else parameter.shape
-        place = self._flat(parameter)
+        place = self.flat(parameter)
         assert self._optimizer is not None
         any_flat = next(iter(self._optimizer.state), None)
         if any_flat is None:  # plain SGD has none
@@ -235,7 +236,7 @@ class ZeroParallel(DataParallel):
         """Give DeepSpeed's flat tensors the optimizer states that the run was resumed with."""
         assert self._optimizer is not None
         for name, parameter in self._trained:
-            place = self._flat(parameter) if name in states else None
+            place = self.flat(parameter) if name in states else None
             if place is None:
                 continue
             flat, offset, length, start = place
