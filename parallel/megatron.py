@@ -11,7 +11,7 @@ Gradient convention: with Megatron a replicated activation has its whole cotange
 all-reduce is the identity and that of a copy an all-reduce. Inside a mixer a rank's cotangents are its own heads' part, which is
 our convention. Parameters that heads share get the sum of their parts in the backward, by hooks, with every micro-batch: Megatron
 then finds the whole gradient on every tensor rank, and must not sum it again (`sequence_parallel` is False).
-Over context-parallel ranks gradients are parts, as Megatron's own are.
+Over context-parallel ranks gradients are parts, as Megatron's own are. The mappings are ours: Megatron's ask for a CUDA device.
 
 Megatron's package is imported inside functions only, and its global groups are read nowhere but here.
 
@@ -64,12 +64,6 @@ def mixer_spec(
     Raises:
         UserError: megatron-core is missing, or cannot be served so.
     """
-    try:
-        from megatron.core.transformer.spec_utils import ModuleSpec
-    except ImportError as error:
-        raise UserError(
-            f"mixer_spec needs megatron-core, which cannot be imported ({error}): run pip install 'longhaul[megatron]'."
-        ) from None
     if mixer not in MIXERS:
         raise UserError(f"mixer {mixer!r} is none of {', '.join(MIXERS)}.")
     if layout not in LAYOUTS:
@@ -77,6 +71,12 @@ def mixer_spec(
     for engine in (exchange, attention):
         if engine in TWO_LEVELS:
             raise UserError(f"{engine} needs groups inside and across nodes, which Megatron does not give; use ring.")
+    try:
+        from megatron.core.transformer.spec_utils import ModuleSpec
+    except ImportError as error:
+        raise UserError(
+            f"mixer_spec needs megatron-core, which cannot be imported ({error}): run pip install 'longhaul[megatron]'."
+        ) from None
     options = {"exchange": exchange, "attention": attention, "layout": f"{layout}_per_document"}
     return ModuleSpec(MegatronMixer, params={"model": model, "mixer": mixer, "engine": options, "seed": seed})
 
@@ -115,9 +115,9 @@ class MegatronMixer(nn.Module):
             built: Any = MIXERS[mixer].build(model, layer_number - 1)
             built.reset_parameters()
         self.mixer: nn.Module = built
-        for plug in ("recall", "auxiliary"):
+        for plug, what in (("recall", "notes for later layers"), ("auxiliary", "an auxiliary loss")):
             if hasattr(self.mixer, plug):
-                raise UserError(f"{mixer} has a {plug} between layers, which a Megatron layer has no place for: use another.")
+                raise UserError(f"{mixer} has {what}, which a Megatron layer has no place for: use another mixer.")
         mask = getattr(self.mixer, "mask", None)
         self.engine.check(recurrent=mask is None, masks=() if mask is None else (mask,))
         self.narrowed = isinstance(self.mixer, Narrowable)
