@@ -46,8 +46,9 @@ check: $(STAMP)  ## lint and type-check
 	@for root in models parallel launcher configs; do ln -sfn ../../$$root $(VIEW)/$$root; done
 	$(BIN)/mypy
 
-verify: $(STAMP)  ## run every cell of the correctness matrix
+verify: $(STAMP)  ## run every cell of the correctness matrix, and every topology
 	$(BIN)/longhaul verify --all $(ARGS)
+	$(BIN)/longhaul verify --topologies --all
 
 clean:  ## remove caches and builds; the environment and the runs stay
 	rm -rf build dist longhaul.egg-info .typecheck .mypy_cache .pytest_cache .ruff_cache

@@ -64,6 +64,11 @@ class Cell(NamedTuple):
         """As the results file and messages name it."""
         return "/".join(map(str, self))
 
+    @property
+    def reference(self) -> tuple[str, ...]:
+        """Cells alike in this share what they are compared with."""
+        return self.mixer, self.dtype, self.documents, self.stream
+
 
 AXES = Cell._fields
 

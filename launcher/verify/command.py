@@ -37,6 +37,8 @@ where it was interrupted: verdicts are kept in --results. Several cells run at o
 
   longhaul verify --mixer mamba2 --engine ring --layout zigzag
   longhaul verify --bytes                      messages and bytes against the formulas
+  longhaul verify --topologies                 real training steps on many meshes, backends and schedules (minutes)
+  longhaul verify --topologies --all           all of them; resumable, verdicts in runs/verify/topologies.jsonl
   torchrun --nproc-per-node 4 -m longhaul.launcher.cli verify    on the ranks of a job (GPUs, if it has any)
 
 A mixer of your own, by import path, as a class of torch.nn.Module with forward(x [T, D], shard, state) -> y, state, made by
@@ -66,6 +68,13 @@ def main(argv: list[str]) -> int:
     console = Console(width=None if Console().is_terminal else 140)
     if arguments.bytes:
         return _bytes(console, arguments)
+    if arguments.pools is not None and arguments.pools < 1:
+        raise UserError(f"--pools {arguments.pools} must be at least 1.")
+    if arguments.topologies:
+        return _topologies(console, arguments)
+    for name in ("model", "topology", "backend", "markdown"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is of --topologies: add that, or leave it out.")
     narrowing = Narrowing(
         tuple(arguments.mixer) if arguments.module is None else (arguments.module,),
         tuple(arguments.engine),
@@ -76,8 +85,6 @@ def main(argv: list[str]) -> int:
         tuple(arguments.ranks),
     )
     check_names(narrowing, arguments.module is not None)
-    if arguments.pools is not None and arguments.pools < 1:
-        raise UserError(f"--pools {arguments.pools} must be at least 1.")
     job = _job(arguments.device)
     if job is not None:
         if narrowing.ranks and job.world_size not in narrowing.ranks:
@@ -110,7 +117,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="the whole matrix, resumable")
     parser.add_argument("--bytes", action="store_true", help="compare messages and bytes with the formulas instead")
+    parser.add_argument("--topologies", action="store_true", help="verify the trainer's steps on many meshes instead")
     for name, text in (
+        ("model", "with --topologies: only these models"),
+        ("topology", "with --topologies: only these meshes, as 'dp2 x sp2'"),
+        ("backend", "with --topologies: only these of ddp, fsdp, hsdp, zero1, zero2, zero3, zero3_offload"),
         ("mixer", "only these mixers (attention_window, *_one_head, encoder_* and language_model too)"),
         ("engine", "only these exchanges or attention engines (hierarchical_log, all_gather_sliced, ring_kv, ring_q too)"),
         ("layout", "only these layouts (uneven, empty_first, empty_middle, empty_last, striped_wide too)"),
@@ -125,6 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where every rank has one")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep verdicts here and skip those that are (JSON lines)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts as one document")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --topologies --all: write the table of combinations")
     return parser.parse_args(argv)
 
 
@@ -212,6 +224,18 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _topologies(console: Console, arguments: argparse.Namespace) -> int:
+    """The trainer on many meshes."""
+    for name in ("mixer", "engine", "layout", "documents", "stream", "dtype", "ranks", "module"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is of the matrix of engines, not of --topologies: leave one of the two out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--topologies starts processes of its own, in many numbers: run it without torchrun.")
+    from .topologies.command import main as topologies
+
+    return topologies(console, arguments)
 
 
 def _bytes(console: Console, arguments: argparse.Namespace) -> int:

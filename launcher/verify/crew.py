@@ -8,11 +8,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .cells import Cell
 from .ranks import Answer, Job, Pool
+from .topologies.job import Asked
 
-Said = tuple[Cell, list[Answer], float]  # seconds in its pool
+Said = tuple[Any, list[Answer], float]  # a cell or a case of a topology; seconds in its pool
 
 PROCESSES_A_CORE = 3  # a rank waits most of the time
 
@@ -34,12 +36,12 @@ class Crew:
         self.pools = pools
         self._lock, self._stopped = threading.Lock(), threading.Event()
 
-    def run_all(self, cells: Sequence[Cell]) -> Iterator[Said]:
+    def run_all(self, cells: Sequence[Cell] | Sequence[Asked]) -> Iterator[Said]:
         """The answers on all cells; in order, if there is one pool."""
         if len(self.pools) == 1:
             yield from _timed(self.pools[0], cells)
             return
-        groups = itertools.groupby(cells, key=lambda cell: (cell.mixer, cell.dtype, cell.documents, cell.stream))
+        groups = itertools.groupby(cells, key=lambda cell: cell.reference)
         batches = iter([list(group) for _, group in groups])
         said: queue.SimpleQueue[Said | BaseException | None] = queue.SimpleQueue()
         threads = [threading.Thread(target=self._work, args=(pool, batches, said), daemon=True) for pool in self.pools]
@@ -64,7 +66,7 @@ class Crew:
             for thread in threads:
                 thread.join()
 
-    def _work(self, pool: Pool, batches: Iterator[list[Cell]], said: queue.SimpleQueue[Said | BaseException | None]) -> None:
+    def _work(self, pool: Pool, batches: Iterator[list[Any]], said: queue.SimpleQueue[Said | BaseException | None]) -> None:
         try:
             while not self._stopped.is_set():
                 with self._lock:
@@ -85,7 +87,7 @@ class Crew:
             pool.close()
 
 
-def _timed(pool: Pool | Job, cells: Sequence[Cell]) -> Iterator[Said]:
+def _timed(pool: Pool | Job, cells: Sequence[Any]) -> Iterator[Said]:
     start = time.perf_counter()
     for cell, answers in zip(cells, pool.run_all(cells)):
         now = time.perf_counter()

@@ -30,10 +30,14 @@ from longhaul.parallel.runtime import Runtime
 
 from .cells import Cell
 from .check import Checker, Findings
+from .topologies.job import Asked
+from .topologies.job import check as check_case
 from .traffic import Question, count
 
 START_TIMEOUT = 120.0  # seconds; a loaded machine imports torch slowly
 CELL_TIMEOUT = 120.0
+CASE_TIMEOUT = 600.0  # of a topology, whose reference may have to be made first
+LIFETIME = 12  # cases of topologies that ranks run before they are renewed: each case makes groups, which stay
 GRACE = 0.5  # seconds in which peers may say what they know of a failure
 _STARTING = threading.Lock()  # pools may be started by several threads
 AHEAD = 4  # cells that ranks have been asked: they do not wait for the parent between two
@@ -47,9 +51,11 @@ class Answer(NamedTuple):
     message: str = ""
 
 
-def answer(checker: Checker, asked: Cell | Question) -> Answer:
-    """Check a cell, or count an engine's traffic; nothing is raised."""
+def answer(checker: Checker, asked: Cell | Question | Asked) -> Answer:
+    """Check a cell or a case of a topology, or count an engine's traffic; nothing is raised."""
     try:
+        if isinstance(asked, Asked):
+            return Answer("findings", check_case(asked, checker.runtime))
         if isinstance(asked, Question):
             return Answer("findings", count(asked, checker.comm, checker.inner, checker.outer))
         return Answer("findings", checker.check(asked))
@@ -101,19 +107,22 @@ class Pool:
     Args:
         size: ranks.
         device: "cpu" or "cuda" (one GPU each).
+        lifetime: cells after which the processes are renewed; never if None.
+        timeout: seconds for a cell.
     """
 
-    def __init__(self, size: int, device: str) -> None:
-        self.size, self.device = size, device
+    def __init__(self, size: int, device: str, lifetime: int | None = None, timeout: float = CELL_TIMEOUT) -> None:
+        self.size, self.device, self.lifetime, self.timeout = size, device, lifetime, timeout
+        self.age = 0
         self.processes: list[Any] = []
         self.channels: list[Any] = []
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, asked: Cell | Question) -> list[Answer]:
+    def run(self, asked: Cell | Question | Asked) -> list[Answer]:
         """The answers of all ranks. A rank that died or hangs is an "error"."""
         return next(self.run_all([asked]))
 
-    def run_all(self, asked: Sequence[Cell | Question]) -> Iterator[list[Answer]]:
+    def run_all(self, asked: Sequence[Cell | Question | Asked]) -> Iterator[list[Answer]]:
         """The same for each of them, in order; ranks are asked a few ahead."""
         sent = done = 0
         try:
@@ -121,11 +130,15 @@ class Pool:
                 if not self.processes:
                     self._start()
                     sent = done  # what ranks before these had been asked they did not answer
-                for question in asked[sent : done + AHEAD]:
+                left = AHEAD if self.lifetime is None else min(AHEAD, self.lifetime - self.age)
+                for question in asked[sent : done + left]:
                     self._send(question)
-                sent = max(sent, min(done + AHEAD, len(asked)))
-                answers = self._collect(CELL_TIMEOUT)
+                sent = max(sent, min(done + left, len(asked)))
+                answers = self._collect(self.timeout)
                 done += 1
+                self.age += 1
+                if self.age == self.lifetime:
+                    self.close()
                 if any(found.kind == "error" for found in answers):
                     self.kill()
                     sent = done
@@ -135,13 +148,15 @@ class Pool:
                 self.kill()
 
     def _start(self) -> None:
+        self.age = 0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["longhaul.launcher.verify.ranks"])
         _start_server()
         self.folder = tempfile.TemporaryDirectory(prefix="longhaul-verify-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, self.folder.name, self.device), daemon=True)
+            place = rank, self.size, self.folder.name, self.device, self.timeout
+            process = context.Process(target=_serve, args=(theirs, *place), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -152,7 +167,7 @@ class Pool:
             self.kill()
             raise RuntimeError(f"{self.size} ranks did not start:\n{failed[0].message}")
 
-    def _send(self, asked: Cell | Question) -> None:
+    def _send(self, asked: Cell | Question | Asked) -> None:
         for channel in self.channels:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a rank that died: it is found when it is read
                 channel.send(asked)
@@ -226,7 +241,7 @@ def _start_server() -> None:
                 os.environ["OMP_NUM_THREADS"] = before
 
 
-def _serve(channel: connection.Connection, rank: int, size: int, folder: str, device: str) -> None:
+def _serve(channel: connection.Connection, rank: int, size: int, folder: str, device: str, timeout: float) -> None:
     """The life of one rank."""
     _leave_with_parent()
     faulthandler.enable()
@@ -234,7 +249,7 @@ def _serve(channel: connection.Connection, rank: int, size: int, folder: str, de
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if Path("/sys/class/net/lo").exists() else "lo0")
     try:
-        runtime = Runtime(rank, size, rank, f"file://{Path(folder) / 'rendezvous'}", device, timeout=CELL_TIMEOUT)
+        runtime = Runtime(rank, size, rank, f"file://{Path(folder) / 'rendezvous'}", device, timeout=timeout)
         checker = Checker(runtime)
         channel.send(tuple(Answer("findings", {})))
     except Exception:

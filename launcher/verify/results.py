@@ -1,28 +1,23 @@
-"""Verdicts on cells, and the file they are kept in: one line a cell, appended in one write.
-
-An interrupted run leaves whole lines (or one broken last line, which is passed over), so a rerun goes on where it ended. A
-line counts only for the program that wrote it: it names a fingerprint of the sources.
-"""
+"""Verdicts on cells, and the file they are kept in."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import Generic, TypeVar
 
 import longhaul.models
 import longhaul.parallel
-from longhaul.models.errors import UserError
+from longhaul.launcher.lines import LinesFile, fingerprint_of
 
 from .cells import TOLERANCE, Cell
 from .ranks import Answer
+from .topologies.cases import Case
+
+C = TypeVar("C", Cell, Case)
 
 PASSED, FAILED, REFUSED = "passed", "failed", "refused"
 
@@ -41,7 +36,7 @@ class Failure:
 class Verdict:
     """What came of a cell."""
 
-    cell: Cell
+    cell: Cell | Case
     status: str
     seconds: float = 0.0
     worst: float = 0.0
@@ -51,7 +46,7 @@ class Verdict:
     """Why it was refused, or how it broke."""
 
 
-def judge(cell: Cell, answers: Sequence[Answer], seconds: float) -> Verdict:
+def judge(cell: Cell | Case, answers: Sequence[Answer], seconds: float) -> Verdict:
     """The verdict on a cell from what its ranks say."""
     broken = [(rank, found) for rank, found in enumerate(answers) if found.kind == "error"]
     if broken:
@@ -78,63 +73,42 @@ def judge(cell: Cell, answers: Sequence[Answer], seconds: float) -> Verdict:
 
 
 @functools.cache
-def fingerprint() -> str:
-    """Of the sources that a verdict depends on, and of torch."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    roots = [Path(folder) for package in (longhaul.models, longhaul.parallel) for folder in package.__path__]
-    for root in [*roots, Path(__file__).parent]:
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+def sources() -> str:
+    """Of the sources that a verdict on a cell depends on, and of torch."""
+    packages = (longhaul.models, longhaul.parallel)
+    return fingerprint_of([*(Path(folder) for package in packages for folder in package.__path__), Path(__file__).parent])
 
 
-class ResultsFile:
+class ResultsFile(Generic[C]):
     """Verdicts on disk.
 
     Args:
         path: JSON lines; made when the first verdict comes.
+        kind: of what is verified: its fields are kept.
+        fingerprint: of the sources that a verdict depends on; those of cells if left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: type[C] = Cell, fingerprint: str | None = None) -> None:  # type: ignore[assignment]
+        self.path, self.kind = path, kind
+        self._file = LinesFile(path, fingerprint or sources())
 
-    def read(self) -> dict[Cell, Verdict]:
+    def read(self) -> dict[C, Verdict]:
         """The last verdict of this program on each cell; failed ones are left out, to be run again."""
-        if not self.path.exists():
-            return {}
-        found: dict[Cell, Verdict] = {}
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--results {self.path} cannot be read ({error}): give another file.") from None
-        for line in lines:
+        found: dict[C, Verdict] = {}
+        for fields in self._file.lines():
             try:
-                fields = json.loads(line)
-                if fields["fingerprint"] != fingerprint():
-                    continue
-                cell = Cell(**fields["cell"])
-            except (json.JSONDecodeError, TypeError, KeyError):
-                continue  # a broken line of an interrupted write, or of another program
-            if fields["status"] == FAILED:
-                found.pop(cell, None)
-            else:
-                found[cell] = Verdict(cell, fields["status"], fields["seconds"], fields["worst"], (), fields["message"])
+                cell = self.kind(**fields["cell"])
+                if fields["status"] == FAILED:
+                    found.pop(cell, None)
+                else:
+                    found[cell] = Verdict(cell, fields["status"], fields["seconds"], fields["worst"], (), fields["message"])
+            except (TypeError, KeyError):
+                continue  # of another program
         return found
 
     def append(self, verdict: Verdict) -> None:
         """Add a line, whole or not at all."""
-        line = json.dumps({"fingerprint": fingerprint(), **as_json(verdict)})
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                size = os.fstat(handle).st_size
-                broken = size and os.pread(handle, 1, size - 1) != b"\n"
-                os.write(handle, (("\n" if broken else "") + line + "\n").encode())
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise UserError(f"--results {self.path} cannot be written ({error.strerror}): give another file.") from None
+        self._file.write(as_json(verdict))
 
 
 def as_json(verdict: Verdict) -> dict[str, object]:

@@ -44,6 +44,11 @@ class PipelineParallel:
         seq_length: int = 1,
     ) -> None:
         self.model, self.comm, self.schedule = model, comm, schedule
+        if not hasattr(model, "keep"):
+            raise UserError(
+                f"A model of class {type(model).__name__} is not cut between layers: leave parallel.pipeline_parallel_size at 1, "
+                f"not {comm.size}."
+            )
         count, layers = comm.size * stages_per_rank, model.config.num_layers
         if count > layers:
             raise UserError(

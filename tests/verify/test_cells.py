@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.launcher.verify import results
 from longhaul.launcher.verify.cells import (
     ATTENTION_NAMES,
     AXES,
@@ -98,11 +97,10 @@ def test_judging() -> None:
     assert judge(CELL, [Answer("findings", {})] * 2, 0.0).status == FAILED, "a cell that compares nothing proves nothing"
 
 
-def test_results_are_kept_for_the_program_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_for_the_program_that_made_them(tmp_path: Path) -> None:
     kept, other = ResultsFile(tmp_path / "deep" / "kept.jsonl"), CELL._replace(ranks=3)
     assert kept.read() == {}
     kept.append(Verdict(CELL, PASSED, 0.5, 1e-15))
     kept.append(Verdict(other, FAILED, 0.5, math.inf))
     assert kept.read() == {CELL: Verdict(CELL, PASSED, 0.5, 1e-15)}, "what failed is run again"
-    monkeypatch.setattr(results, "fingerprint", lambda: "another program")
-    assert kept.read() == {}
+    assert ResultsFile(kept.path, fingerprint="another program").read() == {}

@@ -1,0 +1,181 @@
+"""Which cases are run: the whole list, and a spread of it in which every value of every axis takes part.
+
+Modes that multiply the list without need (recomputation, engines, what else is on) go round from case to case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from longhaul.models.errors import UserError
+
+from .cases import ADAMW, BACKENDS, CHECKPOINTING, ENGINES, SCHEDULES, TOPOLOGIES, Case
+from .models import ENCODER, MODELS, MOE
+
+EXPERTS = tuple(name for name in TOPOLOGIES if "ep2" in name and "pp2" not in name)
+PIPELINES = tuple(name for name in TOPOLOGIES if "pp2" in name and "ep2" not in name)
+PLAIN = tuple(name for name in TOPOLOGIES if "pp2" not in name and "ep2" not in name)
+ZERO = tuple(name for name in BACKENDS if name.startswith("zero"))
+BOTH_WAYS = ("rsa", "gathered", "ring", "zigzag", "levels", "ulysses")  # of engines, for a model that looks both ways
+
+
+class Narrowing(NamedTuple):
+    """What the user asked for; an empty tuple is everything."""
+
+    model: tuple[str, ...] = ()
+    topology: tuple[str, ...] = ()
+    backend: tuple[str, ...] = ()
+
+
+def backends_of(topology: str) -> list[str]:
+    """Ways to hold less that a mesh has a use for."""
+    degrees = TOPOLOGIES[topology]
+    sharing = degrees.data * degrees.sequence
+    if sharing == 1:
+        return ["fsdp"]  # nothing is shared: they are one
+    found = ["ddp", "fsdp"]
+    if degrees.data == degrees.sequence == 2 and degrees.expert == 1:
+        found.append("hsdp")
+    if degrees.tensor == degrees.pipeline == degrees.expert == 1 and topology != "sp4":
+        found += [name for name in ZERO if name != "zero3_offload" or sharing == 4]
+    return found
+
+
+def whole() -> list[Case]:
+    """The whole list, refusals included."""
+    cases: list[Case] = []
+    for number, model in enumerate(MODELS):
+        turn = itertools.count(number)  # another start for every model, so that over models all meet
+        topologies = (*PLAIN, *(PIPELINES if model != ENCODER else ()), *(EXPERTS if model == MOE else ()))
+        for topology in topologies:
+            cases += _of(model, topology, turn)
+        cases += _others(model, number)
+    return [*cases, *SPREAD, *REFUSED]
+
+
+def _of(model: str, topology: str, turn: Iterator[int]) -> Iterator[Case]:
+    """Plain SGD on a mesh: every backend, or one schedule of every kind."""
+    degrees, backends = TOPOLOGIES[topology], backends_of(topology)
+    modes, engines = list(CHECKPOINTING), BOTH_WAYS if model == ENCODER else tuple(ENGINES)[:5]
+    schedules = [""] * len(backends)
+    if topology == "1":
+        backends, schedules = ["fsdp"] * 3, [""] * 3
+    if degrees.pipeline > 1:
+        first = next(turn)
+        schedules = [*SCHEDULES[:2], SCHEDULES[2 + first % 2]]
+        if topology == "pp2":
+            schedules.append(SCHEDULES[4 + first % 3])
+        backends = [backends[(first + index) % len(backends)] for index in range(len(schedules))]
+    for index, (backend, schedule) in enumerate(zip(backends, schedules)):
+        number = next(turn)
+        mode = modes[1 + index] if topology == "1" else modes[number % len(modes)]
+        engine = engines[number % len(engines)] if degrees.sequence > 1 else "gathered"
+        if topology == "pp2" and index < 3:
+            mode = modes[(index + len(model)) % 3]
+        if model == ENCODER and degrees.sequence > 1 and index == 0:
+            engine = "rsa"
+        yield Case(model, topology, backend, mode, schedule, engine, dtype="fp32" if backend in ZERO else "fp64")
+
+
+def _others(model: str, number: int) -> Iterator[Case]:
+    """AdamW, float32, streams in chunks, planned steps."""
+    served = [*PLAIN[1:], *(PIPELINES if model != ENCODER else ()), *(EXPERTS if model == MOE else ())]
+    for topology in served:
+        backends = [name for name in backends_of(topology) if name not in ZERO]
+        schedule = SCHEDULES[number % 4] if TOPOLOGIES[topology].pipeline > 1 else ""
+        if model == "hybrid" or topology in EXPERTS:
+            yield Case(model, topology, backends[-1], schedule=schedule, optimizer=ADAMW)
+        if model in ("mamba2", ENCODER) or topology in EXPERTS:
+            yield Case(model, topology, backends[0], "full", schedule, dtype="fp32")
+    if model == ENCODER:
+        return
+    exact = "fp32" if model in ("mom", MOE) else "fp64"  # what documents count in a balance loss is float32
+    for topology, backend in (("1", "fsdp"), ("sp2", "ddp"), ("dp2", "fsdp"), ("dp2 x sp2", "zero2")):
+        if (backend == "fsdp") == (number % 2 == 0):
+            yield Case(model, topology, backend, option="streamed", dtype="fp32" if backend in ZERO else exact)
+    if number % 3 == 0:
+        yield Case(model, "dp2 x tp2", "fsdp", option="planned")
+    if number % 3 == 1:
+        yield Case(model, "dp2", "ddp", "selective", option="planned")
+
+
+# What must be refused before the first step.
+REFUSED = [
+    case._replace(refused=True)
+    for case in (
+        Case("linear_attention", "pp2", schedule="1f1b", option="streamed"),
+        Case("linear_attention", "pp2", schedule="1f1b", option="planned"),
+        Case("linear_attention", "pp2", schedule="1f1b", option="carried"),
+        Case("linear_attention", "pp2 x sp2", "zero1", schedule="1f1b", dtype="fp32"),
+        Case("linear_attention", "tp2 x sp2", "zero1", dtype="fp32"),
+        Case("linear_attention", "tp2", option="carried"),
+        Case("linear_attention", "dp2", option="carried"),
+        Case("linear_attention", "sp2", "hsdp"),
+        Case("linear_attention", "sp2", option="planned"),
+        Case("linear_attention", "dp2", "zero1", option="planned", dtype="fp32"),
+        Case("linear_attention", "dp2", engines="levels", option="planned"),
+        Case("linear_attention", "ep2 x sp2"),
+        Case(MOE, "pp2 x ep2 x sp2", schedule="1f1b"),
+        Case(MOE, "ep2 x sp2", "zero1", dtype="fp32"),
+        Case(MOE, "dp2 x ep2", option="planned"),
+        Case(ENCODER, "pp2", schedule="1f1b"),
+        Case(ENCODER, "sp2", option="streamed"),
+    )
+]
+
+# In the tests, and without --all: every model, mesh, backend, schedule, engine and mode of recomputation.
+SPREAD = [
+    Case("linear_attention", "dp2 x tp2 x sp2", "hsdp", "full", "", "ring"),
+    Case("linear_attention", "pp2", "fsdp", "none", "zbv_zero_bubble"),
+    Case("linear_attention", "dp2", "zero1", "none", dtype="fp32"),
+    Case("mamba2", "pp2 x dp2 x sp2", "ddp", "selective", "interleaved_1f1b"),
+    Case("mamba2", "sp2", "zero3", "full", dtype="fp32"),
+    Case("mamba2", "tp2 x sp2", "ddp", "none", "", "zigzag"),
+    Case("gated_deltanet", "pp2 x tp2 x sp2", "fsdp", "full_offload", "interleaved_zero_bubble", "ulysses"),
+    Case("gated_deltanet", "dp2", "ddp", "selective", option="planned"),
+    Case("gated_deltanet", "tp2", "fsdp", "full_offload"),
+    Case("mom", "dp2 x sp2", "hsdp", "none", "", "zigzag"),
+    Case("mom", "pp2 x sp2", "fsdp", "full", "gpipe"),
+    Case("memmamba", "sp4", "fsdp", "selective", "", "levels"),
+    Case("memmamba", "sp2", "zero2", dtype="fp32"),
+    Case("memmamba", "pp2", "fsdp", "full", "looped_bfs"),
+    Case("hybrid", "dp2 x sp2", "zero3_offload", "selective", "", "ring", dtype="fp32"),
+    Case("hybrid", "pp2 x dp2 x sp2", "hsdp", "none", "1f1b", "ring", optimizer=ADAMW),
+    Case("hybrid", "dp2 x tp2", "ddp", "full", optimizer=ADAMW),
+    Case("hybrid", "dp2", "fsdp", option="streamed"),
+    Case("hybrid", "pp2", "fsdp", "none", "dualpipev"),
+    Case(MOE, "ep2 x sp2", "fsdp", "full"),
+    Case(MOE, "dp2 x ep2 x sp2", "ddp", "none", optimizer=ADAMW),
+    Case(MOE, "ep2 x tp2 x sp2", "fsdp", "selective", dtype="fp32"),
+    Case(MOE, "dp2 x ep2", "fsdp", "none"),
+    Case(ENCODER, "sp2", "ddp", "selective", "", "rsa"),
+    Case(ENCODER, "dp2 x tp2 x sp2", "fsdp", "full", "", "rsa"),
+    Case(ENCODER, "1", "fsdp", "full"),
+]
+
+
+def spread() -> list[Case]:
+    """A few cases in which every value of every axis is met, and every refusal."""
+    return [*SPREAD, *REFUSED]
+
+
+def have_deepspeed() -> bool:
+    """Whether ZeRO can be run here."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def chosen(cases: Iterable[Case], narrowing: Narrowing) -> list[Case]:
+    """Those of the cases that the user asked for, sorted: world size by world size, neighbours sharing their reference."""
+    for name, known in (("model", MODELS), ("topology", tuple(TOPOLOGIES)), ("backend", tuple(BACKENDS))):
+        for value in getattr(narrowing, name):
+            if value not in known:
+                raise UserError(f"--{name} {value!r} is not known: choose from {', '.join(known)}.")
+    wanted = [
+        case
+        for case in dict.fromkeys(cases)
+        if all(getattr(case, name) in getattr(narrowing, name) or not getattr(narrowing, name) for name in Narrowing._fields)
+    ]
+    return sorted(wanted, key=lambda case: (case.ranks, case.reference))
