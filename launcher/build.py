@@ -15,6 +15,7 @@ from longhaul.parallel.data import DataParallel
 from longhaul.parallel.deepspeed import ZeroParallel
 from longhaul.parallel.engine import TWO_LEVELS, SequenceParallel
 from longhaul.parallel.expert import ExpertParallel
+from longhaul.parallel.initial import Initialiser
 from longhaul.parallel.mesh import ParallelMesh
 from longhaul.parallel.pipeline.layers import PipelineParallel
 from longhaul.parallel.runtime import Runtime
@@ -64,7 +65,7 @@ def build(
 
     Args:
         config: a resolved run.
-        model: whole and alike on every process.
+        model: whole and alike on every process; or without memory (meta), and then it gets its initial values part by part.
         mesh: the processes.
         engine: that will run it.
         runtime: this process.
@@ -72,8 +73,9 @@ def build(
     Raises:
         UserError: the model does not divide so, or something cannot serve it.
     """
-    ledger = engine.ledger
-    model.to(runtime.device)
+    ledger, empty = engine.ledger, next(model.parameters()).is_meta
+    if not empty:
+        model.to(runtime.device)
     if config.train.precision == "fp8":
         check_fp8(runtime.device)
         convert_to_fp8(model)
@@ -91,9 +93,12 @@ def build(
     pipeline = _pipeline(config, model, Comm(mesh.pipeline_group, ledger))
     tensor = TensorParallel(model, Comm(mesh.tensor_group, ledger))
     experts = ExpertParallel(model, *(Comm(group, ledger) for group in (mesh.expert_group, mesh.expert_copies_group)))
+    cuts = tensor.kept, experts.kept
+    fill = Initialiser(model, lambda name: [cut[name] for cut in cuts if name in cut], runtime.device, config.train.seed)
     parallel: DataParallel
     if config.parallel.data_parallel_backend == "deepspeed":
         os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed asks for it, however processes are started
+        fill(model)
         parallel = ZeroParallel(model, mesh, config.parallel.zero_stage, config.parallel.zero_offload, ledger=ledger)
     else:
         parallel = DataParallel(
@@ -106,6 +111,7 @@ def build(
             tensor=tensor,
             experts=experts,
             pipeline=pipeline,
+            fill=fill,
         )
     optimizer = make_optimizer(model, config.optimizer, undecayed)
     parallel.drive(optimizer)

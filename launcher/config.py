@@ -11,7 +11,8 @@ from longhaul.models.errors import UserError
 from longhaul.models.ops.recompute import MODES as CHECKPOINTING
 
 from .checks import at_least, one_of
-from .parallel_config import PRECISIONS, ParallelConfig
+from .parallel_config import PRECISIONS
+from .parallel_config import ParallelConfig as ParallelConfig
 
 SCHEMA_VERSION = 1
 

@@ -75,6 +75,7 @@ class Trainer:
         self.ledger = Ledger()
         self.engine = make_engine(config, self.mesh, runtime, self.ledger)
         check_vocabulary(config, self.data)
+        torch.manual_seed(config.train.seed)
         self.model, self.optimizer, self.pipeline, self.parameters, self.flops_per_token = build(
             config, self.make_model(), self.mesh, self.engine, runtime
         )
@@ -102,9 +103,10 @@ class Trainer:
         runtime.on_main(lambda: claim_folder(config, self.parameters))
 
     def make_model(self) -> LanguageModel:
-        """The whole model with its initial weights: the same on every process, on any topology."""
-        torch.manual_seed(self.config.train.seed)
-        return LanguageModel(self.config.model)
+        """The model whole, but without memory: its initial values are made part by part, the same on any topology. Or, of a
+        class that overrides this, with values of its own, alike on every process."""
+        with torch.device("meta"):
+            return LanguageModel(self.config.model)
 
     def _expected_traffic(self) -> ExpectedTraffic | None:
         """What a step should receive, where the streams of a step lie in one layout and run once."""

@@ -61,6 +61,11 @@ class Kept(NamedTuple):
     axis: int
     ranges: tuple[Range, ...]
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """A copy of what is kept of the whole one."""
+        slices = [whole.detach().narrow(self.axis, r.start, r.stop - r.start) for r in self.ranges]
+        return torch.cat(slices, dim=self.axis).clone()
+
 
 @runtime_checkable
 class Narrowable(Protocol):
@@ -104,8 +109,7 @@ def keep_slices(module: nn.Module, name: str, kept: Kept) -> None:
     owner, _, leaf = name.rpartition(".")
     holder = module.get_submodule(owner)
     whole: torch.Tensor = getattr(holder, leaf)
-    slices = [whole.detach().narrow(kept.axis, r.start, r.stop - r.start) for r in kept.ranges]
-    own = torch.cat(slices, dim=kept.axis).clone()
+    own = kept.of(whole)
     if isinstance(whole, nn.Parameter):
         own = nn.Parameter(own, requires_grad=whole.requires_grad)
         own.__dict__.update(whole.__dict__)

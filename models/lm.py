@@ -106,12 +106,33 @@ class LanguageModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers from the global generator."""
-        nn.init.normal_(self.embedding.weight, std=self.config.initializer_range)
-        if not self.config.tie_embeddings:
-            nn.init.normal_(self.head.weight, std=self.config.initializer_range)
-        for layer in self.layers:
-            layer.reset_parameters()  # type: ignore[operator]
-        nn.init.ones_(self.norm.weight)
+        for name in self.initial_order():
+            self.initialise(self.get_submodule(name))
+
+    def initial_order(self) -> list[str]:
+        """Parts of the whole model in the order in which they are initialised: `embedding`, `head`, `layers.N`, `norm`."""
+        ends = ["embedding"] if self.config.tie_embeddings else ["embedding", "head"]
+        return [*ends, *(f"layers.{number}" for number in range(self.config.num_layers)), "norm"]
+
+    def initialise(self, part: nn.Module) -> None:
+        """Initialise a part from the global generator."""
+        if isinstance(part, Block):
+            part.reset_parameters()
+        elif isinstance(part, RMSNorm):
+            nn.init.ones_(part.weight)
+        else:
+            nn.init.normal_(part.get_parameter("weight"), std=self.config.initializer_range)
+
+    def fresh(self, name: str) -> nn.Module:
+        """A part of the whole model made anew, alone; not yet initialised."""
+        config = self.config
+        if name.startswith("layers."):
+            return Block(config, int(name.removeprefix("layers.")))
+        if name == "norm":
+            return RMSNorm(config.hidden_size, eps=config.norm_eps)
+        if name == "head":
+            return LanguageHead(config.hidden_size, config.vocab_size)
+        return nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(
         self,

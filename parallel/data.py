@@ -10,7 +10,7 @@ Letters: `P` processes of the gradient group.
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -55,6 +55,7 @@ class DataParallel:
         tensor: what of the model this rank holds, if ranks divide heads.
         experts: which experts it holds, if ranks divide them; they are alike, and summed, over fewer processes.
         pipeline: which layers it holds, if ranks divide layers; gradients then go out once a step (`whole_step`).
+        fill: gives a block, or what is left of the model, its initial values, just before they are sharded or sent.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DataParallel:
         tensor: TensorParallel | None = None,
         experts: ExpertParallel | None = None,
         pipeline: PipelineParallel | None = None,
+        fill: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
         assert backend in BACKENDS, backend
         ledger = ledger if ledger is not None else Ledger()
@@ -83,6 +85,8 @@ class DataParallel:
         self._gradient_comm = Comm(mesh.gradient_group, ledger)
         self._shard_comm = Comm(mesh.shard_group, ledger)
         self._data_comm = Comm(mesh.data_group, ledger)
+        if mesh.gradient_mesh is None or backend != "fsdp":
+            fill(model)
         if mesh.gradient_mesh is None or backend == "deepspeed":
             return
         if backend == "ddp" and pipeline is not None:
@@ -102,9 +106,11 @@ class DataParallel:
             reduce_dtype=None if parameter_dtype is None else torch.float32,
             cast_forward_inputs=False,  # token ids, positions and losses keep their types
         )
-        for own in self.experts.modules:
-            fully_shard(own, mesh=mesh.expert_copies_mesh, mp_policy=policy)
         for module in (*blocks, model):
+            fill(module)
+            for own in self.experts.modules:
+                if own in module.modules() and not isinstance(own, FSDPModule):
+                    fully_shard(own, mesh=mesh.expert_copies_mesh, mp_policy=policy)
             fully_shard(module, mesh=mesh.shard_mesh, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
