@@ -1,9 +1,13 @@
-"""A run saved on one topology goes on on any other, tensor parallelism included, as if nothing had happened."""
+"""A run saved on one topology goes on on any other, with the same documents, as if nothing had happened.
+
+Between backends: tests/parallel/test_deepspeed.py. Signals, schedules: tests/quickstart/test_pipeline.py.
+"""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -28,18 +32,29 @@ MODEL: dict[str, Any] = {
     "num_kv_heads": 1,
     "tie_embeddings": True,
 }
-# Processes, tensor and sequence parallel sizes; what is left over is data parallel.
-TP2_SP2, SP1, DP2, DP3, TP2 = (4, 2, 2), (1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1)
+
+
+class Topology(NamedTuple):
+    """What the other sizes leave over is data parallel."""
+
+    processes: int
+    tensor: int = 1
+    sequence: int = 1
+    pipeline: int = 1
+
+
+ALONE, DP2, DP3, TP2, PP2 = Topology(1), Topology(2), Topology(3), Topology(2, tensor=2), Topology(2, pipeline=2)
+TP2_SP2, TP2_PP2_SP2 = Topology(4, tensor=2, sequence=2), Topology(8, tensor=2, sequence=2, pipeline=2)
 
 
 def configured(
-    folder: Path, topology: tuple[int, int, int], run: str, steps: int, model: dict[str, Any] = MODEL, **parallel: Any
+    folder: Path, topology: Topology, run: str, steps: int, model: dict[str, Any] = MODEL, **parallel: Any
 ) -> TrainConfig:
-    _, tensor, sequence = topology
+    sizes = {f"{axis}_parallel_size": getattr(topology, axis) for axis in ("tensor", "sequence", "pipeline")}
     return tiny(
         folder,
         model=model,
-        parallel={"tensor_parallel_size": tensor, "sequence_parallel_size": sequence, **parallel},
+        parallel={**sizes, **parallel},
         # The rate stays, whatever the number of steps; Adam divides by gradients' sizes, so the smallest are noise without eps.
         optimizer={"schedule": "constant", "warmup_steps": 0, "eps": 1e-4},
         train={"steps": steps, "global_batch_size": 6},
@@ -48,11 +63,22 @@ def configured(
 
 
 def train_rank(rank: int, world_size: int, config: TrainConfig) -> dict[str, Any]:
-    """Run a job; what this rank holds of every tensor, as (axis, start, stop) and values, when it begins and when it ends."""
+    """Run a job; what this rank holds of every tensor, as (axis, start, stop) and values, when it begins and when it ends.
+
+    `read`: of each step, the number of each stream read here, with its tokens and the bounds of its documents.
+    """
     trainer = Trainer(config, Runtime(rank, world_size, rank, device="cpu", timeout=30.0))
-    before = held(trainer)
-    trainer.run()
-    return {"before": before, "after": held(trainer)}
+    before, train, read = held(trainer), trainer.stepper.train, list[dict[int, Any]]()
+
+    def noted(streams: Any, rate: float) -> Any:
+        mesh = trainer.mesh
+        read.append({mesh.data_rank + n * mesh.degrees.data: (each.tokens, each.bounds) for n, each in enumerate(streams)})
+        return train(streams, rate)
+
+    trainer.stepper.train = noted  # type: ignore[method-assign]
+    with mock.patch("longhaul.launcher.trainer.write_results"):
+        trainer.run()
+    return {"before": before, "after": held(trainer), "read": read}
 
 
 def held(trainer: Trainer) -> dict[str, list[tuple[Any, torch.Tensor]]]:
@@ -70,10 +96,10 @@ def held(trainer: Trainer) -> dict[str, list[tuple[Any, torch.Tensor]]]:
     return found
 
 
-def run(config: TrainConfig, topology: tuple[int, int, int]) -> list[dict[str, Any]]:
-    if topology[0] == 1:
+def run(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
+    if topology.processes == 1:
         return [train_rank(0, 1, config)]
-    return run_ranks(train_rank, topology[0], config=config)
+    return run_ranks(train_rank, topology.processes, config=config)
 
 
 def losses(config: TrainConfig) -> list[float]:
@@ -82,9 +108,9 @@ def losses(config: TrainConfig) -> list[float]:
 
 
 def assert_holds(ranks: list[dict[str, list[tuple[Any, torch.Tensor]]]], saved: dict[str, torch.Tensor]) -> None:
-    """Every rank's parts are, bit for bit, those of the saved tensors."""
+    """Every rank's parts are, bit for bit, those of the saved tensors; of a pipeline all ranks together have all names."""
+    assert {name for tensors in ranks for name in tensors} == saved.keys()
     for rank, tensors in enumerate(ranks):
-        assert tensors.keys() == saved.keys()
         for name, parts in tensors.items():
             for part, view in parts:
                 expected = saved[name] if part is None else saved[name].narrow(part[0], part[1], part[2] - part[1])
@@ -107,43 +133,74 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Straight(NamedTuple):
+    """One process that is never interrupted; it saves at CUT, too."""
+
+    config: TrainConfig
+    losses: list[float]
+    read: list[dict[int, Any]]
+
+
 @pytest.fixture(scope="module")
-def straight(folder: Path) -> list[float]:
-    """The losses of one process that is never interrupted."""
-    config = configured(folder, SP1, "straight", STEPS)
-    run(config, SP1)
-    return losses(config)
+def straight(folder: Path) -> Straight:
+    config = configured(folder, ALONE, "straight", STEPS)
+    config = replace(config, checkpoint=replace(config.checkpoint, every=CUT, keep=0))
+    (rank,) = run(config, ALONE)
+    return Straight(config, losses(config), rank["read"])
+
+
+def assert_read(ranks: list[dict[str, Any]], expected: list[dict[int, Any]]) -> None:
+    """All ranks of a step read its streams, by number, and nothing else."""
+    for step, streams in enumerate(expected):
+        assert {number for rank in ranks for number in rank["read"][step]} == streams.keys()
+        for rank in ranks:
+            assert len(rank["read"]) == len(expected)
+            for number, (tokens, bounds) in rank["read"][step].items():
+                assert torch.equal(tokens, streams[number][0]) and bounds == streams[number][1]
+
+
+def assert_goes_on(
+    checkpoint: Path, earlier: list[float], after: Topology, straight: Straight, folder: Path, where: Path
+) -> None:
+    """A run from a checkpoint of step CUT holds what was saved, reads on, and has the losses of the run in one piece."""
+    saved = saved_tensors(checkpoint)
+    config = configured(folder, after, "", STEPS)
+    config = replace(config, checkpoint=replace(config.checkpoint, folder=str(where), resume=str(checkpoint)))
+    ranks = run(config, after)
+    assert_holds([rank["before"] for rank in ranks], saved)
+    assert_read(ranks, straight.read[CUT:])
+    torch.testing.assert_close(earlier + losses(config), straight.losses, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
     "before, after, parallel",
     [
-        (TP2_SP2, (SP1, DP2, DP3), {}),
-        (SP1, (TP2,), {}),
-        (TP2, (TP2_SP2,), {"data_parallel_backend": "ddp"}),
+        (TP2_PP2_SP2, (DP3, ALONE), {}),
+        (TP2, (PP2,), {"data_parallel_backend": "ddp"}),
     ],
-    ids=["tp2 x sp2", "sp1", "tp2, ddp"],
+    ids=["tp2 x pp2 x sp2 to dp3", "tp2, ddp to pp2"],
 )
 def test_goes_on_anywhere(
-    before: Any, after: Any, parallel: Any, folder: Path, straight: list[float], tmp_path: Path
+    before: Topology, after: tuple[Topology, ...], parallel: Any, folder: Path, straight: Straight, tmp_path: Path
 ) -> None:
     config = replace(configured(folder, before, "", CUT, **parallel), checkpoint=tiny(tmp_path).checkpoint)
     ranks = run(config, before)
-    saved = saved_tensors(tmp_path / "run")
-    assert_holds([rank["after"] for rank in ranks], saved)
-    for topology in after:
-        goes_on = configured(folder, topology, "", STEPS)
-        resumed = replace(config.checkpoint, folder=str(tmp_path / f"{topology}"), resume=config.checkpoint.folder)
-        goes_on = replace(goes_on, checkpoint=resumed)
-        assert_holds([rank["before"] for rank in run(goes_on, topology)], saved)
-        torch.testing.assert_close(losses(config) + losses(goes_on), straight, rtol=1e-5, atol=0)
+    assert_holds([rank["after"] for rank in ranks], saved_tensors(tmp_path / "run"))
+    assert_read(ranks, straight.read[:CUT])
+    for number, topology in enumerate(after):
+        assert_goes_on(tmp_path / "run", losses(config), topology, straight, folder, tmp_path / str(number))
+
+
+def test_one_process_goes_on_as_tp2_x_sp2(folder: Path, straight: Straight, tmp_path: Path) -> None:
+    checkpoint = Path(straight.config.checkpoint.folder) / f"step_{CUT}"
+    assert_goes_on(checkpoint, straight.losses[:CUT], TP2_SP2, straight, folder, tmp_path / "on")
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "ddp"])
 def test_experts_go_on_anywhere(backend: str, folder: Path, tmp_path: Path) -> None:
     model = {"ffn": "moe", "moe": replace(ModelConfig().moe, num_experts=4, expert_hidden_size=8)}
-    straight = configured(folder, SP1, str(tmp_path / "straight"), STEPS, model)
-    run(straight, SP1)
+    straight = configured(folder, ALONE, str(tmp_path / "straight"), STEPS, model)
+    run(straight, ALONE)
     parallel = {"expert_parallel_size": 2, "data_parallel_backend": backend}
     cut = configured(folder, DP2, str(tmp_path / "cut"), CUT, model, **parallel)
     ranks = run(cut, DP2)
@@ -151,8 +208,8 @@ def test_experts_go_on_anywhere(backend: str, folder: Path, tmp_path: Path) -> N
     assert_holds([rank["after"] for rank in ranks], saved)
     again = configured(folder, DP2, str(tmp_path / "cut"), CUT + 1, model, **parallel)
     assert_holds([rank["before"] for rank in run(again, DP2)], saved)
-    alone = configured(folder, SP1, str(tmp_path / "cut"), STEPS, model)
-    run(alone, SP1)
+    alone = configured(folder, ALONE, str(tmp_path / "cut"), STEPS, model)
+    run(alone, ALONE)
     torch.testing.assert_close(losses(alone), losses(straight), rtol=1e-5, atol=0)
 
 
