@@ -8,9 +8,9 @@
 DeepSpeed divides summed gradients by the number of its processes (and multiplies by the size of its own sequence groups, of
 which it is told nothing here). Ours are sums: the loss's gradient is multiplied by that number as it enters the backward.
 
-The engine is made at the first forward, from whatever weights and optimizer states there are by then. So a run is resumed
-before that, as without DeepSpeed, and a checkpoint is the ordinary one: tensors are gathered one by one, each process keeps
-some, and any topology and backend reads them.
+The engine is made at the first forward with gradients, from whatever weights and optimizer states there are by then. So a run
+is resumed before that, as without DeepSpeed, and a checkpoint is the ordinary one: tensors are gathered one by one, each process
+keeps some, and any topology and backend reads them.
 
 What DeepSpeed sends is not in the ledger.
 """
@@ -113,6 +113,8 @@ class ZeroParallel(DataParallel):
         self._optimizer = optimizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._engine is None and not torch.is_grad_enabled():
+            return self.model(*args, **kwargs)  # a look at the model, maybe before its weights are restored
         if self._engine is None:
             self._start()
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
