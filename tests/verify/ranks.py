@@ -7,6 +7,8 @@ from typing import Any
 from longhaul.launcher.verify.cells import Cell
 from longhaul.launcher.verify.check import Checker
 from longhaul.launcher.verify.ranks import Answer
+from longhaul.launcher.verify.topologies.job import Asked, check
+from longhaul.models.errors import UserError
 from longhaul.parallel.runtime import Runtime
 
 from . import bugs
@@ -24,3 +26,11 @@ def checked(rank: int, world_size: int, bug: str, cells: list[Any]) -> list[Any]
         found = [tuple(Answer("findings", checker.check(Cell(*fields)))) for fields in cells]
     checker.references.clear()
     return found
+
+
+def case_checked(rank: int, world_size: int, asked: Asked) -> Any:
+    """This rank's answer on a case of a topology."""
+    try:
+        return tuple(Answer("findings", check(asked, Runtime(rank, world_size, rank, device="cpu"))))
+    except UserError as error:
+        return tuple(Answer("refused", {}, str(error)))

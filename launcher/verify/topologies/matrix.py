@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from longhaul.models.errors import UserError
@@ -19,7 +19,9 @@ EXPERTS = tuple(name for name in TOPOLOGIES if "ep2" in name and "pp2" not in na
 PIPELINES = tuple(name for name in TOPOLOGIES if "pp2" in name and "ep2" not in name)
 PLAIN = tuple(name for name in TOPOLOGIES if "pp2" not in name and "ep2" not in name)
 ZERO = tuple(name for name in BACKENDS if name.startswith("zero"))
-BOTH_WAYS = ("rsa", "gathered", "ring", "zigzag", "levels", "ulysses")  # of engines, for a model that looks both ways
+KINDS = SCHEDULES[:3]
+CAUSAL = tuple(name for name in ENGINES if name != "rsa")
+BOTH_WAYS = ("rsa", "gathered", "rsa", "zigzag", "rsa", "levels", "rsa", "ulysses")  # engines of a model that looks both ways
 
 
 class Narrowing(NamedTuple):
@@ -39,7 +41,7 @@ def backends_of(topology: str) -> list[str]:
     found = ["ddp", "fsdp"]
     if degrees.data == degrees.sequence == 2 and degrees.expert == 1:
         found.append("hsdp")
-    if degrees.tensor == degrees.pipeline == degrees.expert == 1 and topology != "sp4":
+    if degrees.tensor == degrees.pipeline == degrees.expert == 1:
         found += [name for name in ZERO if name != "zero3_offload" or sharing == 4]
     return found
 
@@ -48,36 +50,38 @@ def whole() -> list[Case]:
     """The whole list, refusals included."""
     cases: list[Case] = []
     for number, model in enumerate(MODELS):
-        turn = itertools.count(number)  # another start for every model, so that over models all meet
+        # Another start for every model, so that over models all meet.
+        turn, stages, modes, engines = (itertools.count(start) for start in (number, number, 3 * number, 2 * number))
         topologies = (*PLAIN, *(PIPELINES if model != ENCODER else ()), *(EXPERTS if model == MOE else ()))
         for topology in topologies:
-            cases += _of(model, topology, turn)
+            for backend, schedule in _ways(topology, turn, stages):
+                engine = "gathered"
+                if TOPOLOGIES[topology].sequence > 1:
+                    engine = _next(BOTH_WAYS if model == ENCODER else CAUSAL, engines)
+                mode = _next(tuple(CHECKPOINTING), modes)
+                dtype = "fp32" if backend in ZERO else "fp64"
+                cases.append(Case(model, topology, backend, mode, schedule, engine, dtype=dtype))
         cases += _others(model, number)
     return [*cases, *SPREAD, *REFUSED]
 
 
-def _of(model: str, topology: str, turn: Iterator[int]) -> Iterator[Case]:
-    """Plain SGD on a mesh: every backend, or one schedule of every kind."""
+def _ways(topology: str, turn: Iterator[int], stages: Iterator[int]) -> Iterator[tuple[str, str]]:
+    """Backend and schedule. Along data and sequence all backends that are ours, and the next stage of ZeRO; on a pipeline by
+    itself a schedule of each kind, and one more; elsewhere one in turn."""
     degrees, backends = TOPOLOGIES[topology], backends_of(topology)
-    modes, engines = list(CHECKPOINTING), BOTH_WAYS if model == ENCODER else tuple(ENGINES)[:5]
-    schedules = [""] * len(backends)
-    if topology == "1":
-        backends, schedules = ["fsdp"] * 3, [""] * 3
+    zeros, ours = ([name for name in backends if (name in ZERO) == which] for which in (True, False))
     if degrees.pipeline > 1:
-        first = next(turn)
-        schedules = [*SCHEDULES[:2], SCHEDULES[2 + first % 2]]
-        if topology == "pp2":
-            schedules.append(SCHEDULES[4 + first % 3])
-        backends = [backends[(first + index) % len(backends)] for index in range(len(schedules))]
-    for index, (backend, schedule) in enumerate(zip(backends, schedules)):
-        number = next(turn)
-        mode = modes[1 + index] if topology == "1" else modes[number % len(modes)]
-        engine = engines[number % len(engines)] if degrees.sequence > 1 else "gathered"
-        if topology == "pp2" and index < 3:
-            mode = modes[(index + len(model)) % 3]
-        if model == ENCODER and degrees.sequence > 1 and index == 0:
-            engine = "rsa"
-        yield Case(model, topology, backend, mode, schedule, engine, dtype="fp32" if backend in ZERO else "fp64")
+        schedules = [KINDS[next(turn) % 3]] if degrees.world_size > 2 else [*KINDS, _next(SCHEDULES[3:], turn)]
+        for schedule in schedules:
+            yield _next(ours, turn), schedule
+    elif zeros and topology != "sp4":
+        yield from ((name, "") for name in (*ours, _next(ZERO[:3], stages)))
+    else:
+        yield _next(backends, turn), ""
+
+
+def _next(values: Sequence[str], turn: Iterator[int]) -> str:
+    return values[next(turn) % len(values)]
 
 
 def _others(model: str, number: int) -> Iterator[Case]:
@@ -120,7 +124,6 @@ REFUSED = [
         Case("linear_attention", "ep2 x sp2"),
         Case(MOE, "pp2 x ep2 x sp2", schedule="1f1b"),
         Case(MOE, "ep2 x sp2", "zero1", dtype="fp32"),
-        Case(MOE, "dp2 x ep2", option="planned"),
         Case(ENCODER, "pp2", schedule="1f1b"),
         Case(ENCODER, "sp2", option="streamed"),
     )
