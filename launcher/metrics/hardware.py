@@ -61,6 +61,15 @@ def peak_resident_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
+def resident_gib() -> float:
+    """Resident set of this process now, GiB; where the system does not say, the peak."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_resident_gib()
+    kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(kib) / 2**20
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that matter here."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
