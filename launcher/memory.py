@@ -3,7 +3,9 @@
 glibc takes every block above 32 MiB from the system and gives it back when it is freed. The next tensor of that size then
 faults in each of its pages again, which costs more than many ops on it: 8,192 tokens of a mixture of memories spent more
 time in the kernel than in arithmetic. Kept in the heap, the same pages serve the next tensor. The price is memory where large
-tensors come and go between small ones that stay: half as much again was seen with activations recomputed.
+tensors come and go between small ones that stay: half as much again was seen with activations recomputed. The chunks of a
+stream (`train.stream_tokens`) are alike, and each finds the pages of the one before: 64 of them needed 265 MiB above the start
+this way and 275 MiB without, with 8 thousand faults instead of 176 thousand.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
     rank = int(environment.get("RANK", "0"))
     world_size = int(environment.get("WORLD_SIZE", "1"))
     config = parse(argv).resolve(world_size)
-    if config.train.activation_checkpointing == "none" and config.train.stream_tokens is None:
+    if config.train.activation_checkpointing == "none":
         keep_freed_memory()  # time for memory: not where the run buys memory with time
     if config.train.deterministic:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
