@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .engines import engine_arguments
 from .optimizer import make_optimizer, undecayed_names
 from .pipelined import stages_per_rank
+from .stage_costs import measured_costs
 
 
 class Built(NamedTuple):
@@ -90,7 +91,7 @@ def build(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops_per_token = model.flops_per_token(config.data.seq_length)
     undecayed = undecayed_names(model)
-    pipeline = _pipeline(config, model, Comm(mesh.pipeline_group, ledger))
+    pipeline = _pipeline(config, model, Comm(mesh.pipeline_group, ledger), runtime)
     tensor = TensorParallel(model, Comm(mesh.tensor_group, ledger))
     experts = ExpertParallel(model, *(Comm(group, ledger) for group in (mesh.expert_group, mesh.expert_copies_group)))
     cuts = tensor.kept, experts.kept
@@ -118,11 +119,12 @@ def build(
     return Built(parallel, optimizer, pipeline, parameters, flops_per_token)
 
 
-def _pipeline(config: TrainConfig, model: LanguageModel, comm: Comm) -> PipelineParallel | None:
+def _pipeline(config: TrainConfig, model: LanguageModel, comm: Comm, runtime: Runtime) -> PipelineParallel | None:
     """The model narrowed to the layers of this process, if processes divide them."""
     parallel = config.parallel
     if parallel.pipeline_parallel_size == 1:
         return None
     each = stages_per_rank(config)
     how = parallel.pipeline_schedule, each, parallel.pipeline_split, config.data.seq_length
-    return PipelineParallel(model, comm, *how)
+    costs = measured_costs(config, model, runtime) if parallel.pipeline_costs == "measured" else None
+    return PipelineParallel(model, comm, *how, costs=costs)

@@ -37,7 +37,11 @@ class ParallelConfig:
     """Stages of layers on each process of a pipeline; 2 where the schedule allows several, if left out."""
 
     pipeline_split: tuple[int, ...] | None = None
-    """Layers of each stage of a pipeline, [4,4,4,3]; cut by the layers' FLOPs and the head's if left out."""
+    """Layers of each stage of a pipeline, [4,4,4,3]; cut by pipeline_costs if left out."""
+
+    pipeline_costs: str = "predicted"
+    """What a pipeline's stages are cut by: predicted, the FLOPs of layers and head; or measured, a layer of each kind and the
+    head timed at the start, at the run's length or a part of it."""
 
     sequence_parallel_size: int = 1
     """Processes that share the tokens of each stream."""
@@ -130,6 +134,12 @@ class ParallelConfig:
                 f"{self.pipeline_parallel_size} yet: leave one of the two at 1."
             )
         one_of("parallel.pipeline_schedule", self.pipeline_schedule, tuple(PIPELINE_SCHEDULES))
+        one_of("parallel.pipeline_costs", self.pipeline_costs, ("predicted", "measured"))
+        if self.pipeline_costs == "measured" and self.pipeline_split is not None:
+            raise UserError(
+                f"parallel.pipeline_costs measured has no use beside parallel.pipeline_split {list(self.pipeline_split)}: leave "
+                "one of the two out."
+            )
         one_of("parallel.data_parallel_backend", self.data_parallel_backend, BACKENDS)
         one_of("parallel.parameter_dtype", self.parameter_dtype, PRECISIONS)
         one_of("parallel.exchange_payload", self.exchange_payload, PRECISIONS)

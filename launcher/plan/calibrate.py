@@ -120,14 +120,16 @@ def _runs(config: TrainConfig, facts: ModelFacts, device: torch.device) -> dict[
     for layer in facts.layers:
         block = Block(model, model.layers.index(layer.letter))
         block.reset_parameters()
-        found[layer.mixer] = _maker(block.to(device), model.hidden_size, device, bf16)
+        found[layer.mixer] = runner(block.to(device), model.hidden_size, device, bf16)
     head = LanguageHead(model.hidden_size, model.vocab_size)
     nn.init.normal_(head.weight, std=model.initializer_range)
-    found[HEAD] = _maker(head.to(device), model.hidden_size, device, bf16)
+    found[HEAD] = runner(head.to(device), model.hidden_size, device, bf16)
     return found
 
 
-def _maker(module: nn.Module, width: int, device: torch.device, bf16: bool) -> Callable[[int], Run]:
+def runner(module: nn.Module, width: int, device: torch.device, bf16: bool) -> Callable[[int], Run]:
+    """A function of T that prepares one forward and backward of a block or a head."""
+
     def make(tokens: int) -> Run:
         x = torch.randn(tokens, width, device=device, requires_grad=True)  # [T, D]
         shard = WholeSequence(Documents((0, tokens)), device)

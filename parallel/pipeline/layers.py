@@ -29,6 +29,7 @@ class PipelineParallel:
         stages_per_rank: stages of each process.
         split: layers of each stage; cut by cost if None.
         seq_length: tokens of a stream, by which attention is priced.
+        costs: of each layer, and of the head; FLOPs if None.
 
     Raises:
         UserError: there are fewer layers than stages, or `split` does not fit.
@@ -42,6 +43,7 @@ class PipelineParallel:
         stages_per_rank: int = 1,
         split: Sequence[int] | None = None,
         seq_length: int = 1,
+        costs: tuple[Sequence[float], float] | None = None,
     ) -> None:
         self.model, self.comm, self.schedule = model, comm, schedule
         if not hasattr(model, "keep"):
@@ -55,16 +57,19 @@ class PipelineParallel:
                 f"A pipeline of {comm.size} processes with {stages_per_rank} stages each needs {count} layers, but "
                 f"model.num_layers is {layers}: lower parallel.pipeline_parallel_size or pipeline_stages_per_rank."
             )
-        costs = [float(layer.flops_per_token(seq_length)) for layer in model.layers]  # type: ignore[operator]
-        head = 2.0 * model.config.vocab_size * model.config.hidden_size
-        self.spans = split_by_cost(costs, count, head) if split is None else split_by_hand(split, count, layers)
+        self._unit = "FLOPs" if costs is None else "measured time"
+        if costs is None:
+            flops = [float(layer.flops_per_token(seq_length)) for layer in model.layers]  # type: ignore[operator]
+            costs = flops, 2.0 * model.config.vocab_size * model.config.hidden_size
+        each, head = costs
+        self.spans = split_by_cost(each, count, head) if split is None else split_by_hand(split, count, layers)
         """Layers of each stage."""
         self.owners = owners(count, comm.size, SCHEDULES[schedule].folded)
         """The process of each stage."""
         self.own = [stage for stage, owner in enumerate(self.owners) if owner == comm.rank]
         """Stages of this process."""
-        total = sum(costs) + head
-        self._shares = [(sum(costs[span.start : span.stop]) + head * (span.stop == layers)) / total for span in self.spans]
+        total = sum(each) + head
+        self._shares = [(sum(each[span.start : span.stop]) + head * (span.stop == layers)) / total for span in self.spans]
         model.keep([self.spans[stage] for stage in self.own])
         self._twin: int | None = None
         """The process with the other copy of a tied embedding, where there is one."""
@@ -76,7 +81,7 @@ class PipelineParallel:
         pattern = self.model.config.layers
         return [
             f"pipeline {self.schedule}, stage {stage} on process {owner} of each pipeline: layers {span.start} to "
-            f"{span.stop - 1} ({pattern[span.start : span.stop]}), {share:.0%} of the FLOPs"
+            f"{span.stop - 1} ({pattern[span.start : span.stop]}), {share:.0%} of the {self._unit}"
             for stage, (span, owner, share) in enumerate(zip(self.spans, self.owners, self._shares))
         ]
 

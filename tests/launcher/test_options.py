@@ -104,3 +104,15 @@ def test_parameters_gathered_in_bf16(folder: Path) -> None:
     assert (exact["inside"], rough["inside"]) == (torch.float32, torch.bfloat16)
     assert rough["gradient"] == rough["trained"] == torch.float32
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.02)
+
+
+def test_compiled_modules_keep_their_names_and_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longhaul.launcher.build.check_compiler", lambda device: None)  # nothing compiles before a forward
+    plain, compiled = (
+        Trainer(tiny(folder, train={"compile": asked}, checkpoint={"every": 0}), Runtime(device="cpu")).model.model
+        for asked in (False, True)
+    )
+    assert any(module._compiled_call_impl is not None for module in compiled.modules())
+    expected, found = plain.state_dict(), compiled.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
