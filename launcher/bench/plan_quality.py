@@ -18,11 +18,12 @@ from itertools import chain
 import numpy as np
 
 from longhaul.parallel.planner import Cluster, CostModel, Link, Plan, plan, published
+from longhaul.parallel.planner.aggregated import aggregated_bound
 from longhaul.parallel.planner.bounds import area_bound, configuration_bound
 from longhaul.parallel.planner.chunk import cut, dual
 from longhaul.parallel.planner.cost import MICROSECOND, PUBLISHED_ALL_TO_ALL
 from longhaul.parallel.planner.exact import exact
-from longhaul.parallel.planner.milp import aggregated_bound, milp, solver_name
+from longhaul.parallel.planner.milp import milp, solver_name
 from longhaul.parallel.planner.plan import candidates
 from longhaul.parallel.planner.problem import Problem, Work
 from longhaul.parallel.planner.static import fixed, smallest_degree

@@ -7,12 +7,13 @@ import pytest
 
 from longhaul.models.errors import UserError
 from longhaul.parallel.planner import CostModel, LayerCost, milp, plan, published
+from longhaul.parallel.planner.aggregated import aggregated_bound
 from longhaul.parallel.planner.bounds import area_bound, configuration_bound
 from longhaul.parallel.planner.exact import exact
 from longhaul.parallel.planner.fill import lowest
-from longhaul.parallel.planner.milp import aggregated_bound, bucket_cuts
 from longhaul.parallel.planner.plan import candidates
 from longhaul.parallel.planner.problem import Problem, Work
+from longhaul.parallel.planner.program import bucket_cuts
 from tests.planner.setting import brute_force, check, cluster_of, lengths_of, tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="bounds need a solver")
