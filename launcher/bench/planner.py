@@ -9,8 +9,8 @@ half of the lengths, through `longhaul plan calibrate`'s fit; the others are hel
 it the planner also knows, as in training, what micro-batches took.
 
 The wire is as fast beside this machine's kernels as the published cluster's links are beside its GPUs: an all-to-all across
-nodes takes 2.2 times the linear work of a layer, inside a node 0.11 times. The width makes a layer's quadratic work as large as
-its linear work at some thousand tokens, as documents of this length scale meet it in models of some billion parameters.
+nodes takes 2.2 times the linear work of a layer, inside a node 0.11 times. The wider the model, the longer are the documents
+whose quadratic work is as much as their linear work (36 thousand tokens in the published one); the result says which.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.metrics.hardware import device_name
 from longhaul.launcher.plan.calibrate import Calibration, fit, profile
-from longhaul.launcher.plan.census import DENSE, facts_of
+from longhaul.launcher.plan.census import DENSE, ModelFacts, facts_of
 from longhaul.launcher.plan.costs import Constants, cost_model
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
@@ -107,8 +107,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = [_Pattern(shape, fitted, times, links, budget, options).run(steps) for shape in shapes]
     return {
         "rows": rows, "errors": fitted.errors, "device": device_name(torch.device("cpu")), "inside": links.inside,
-        "across": links.across, "tokens": [sum(step) for step in steps[1:]], "longest": max(lengths), "seconds": budget.spent,
+        "across": links.across, "crossover": _crossover(facts, fitted), "tokens": [sum(step) for step in steps[1:]],
+        "longest": max(lengths), "seconds": budget.spent,
     }  # fmt: skip
+
+
+def _crossover(facts: ModelFacts, fitted: Calibration) -> float | None:
+    """Tokens of a document whose quadratic work is as much as its linear work, in a softmax layer; None without one."""
+    for layer in facts.layers:
+        rate = fitted.rates[layer.mixer]
+        if rate.quadratic:
+            return rate.linear * layer.linear / (rate.quadratic * layer.quadratic)
+    return None
 
 
 class _Pattern:
@@ -245,6 +255,9 @@ def show(found: dict[str, Any], options: argparse.Namespace, console: Console) -
         best = min((each for name, each in row["contestants"].items() if name != PLANNED), key=lambda each: sum(each["seconds"]))
         most = sum(best["predicted"]) / sum(row["bound"])
         said = f"{row['layers']}: under the cost model no plan is more than {most:.2f} times as fast as the best degree"
+        console.print(said, highlight=False, soft_wrap=True)
+    if found["crossover"] is not None:
+        said = f"a softmax layer's quadratic work is as much as its linear work at {found['crossover']:,.0f} tokens"
         console.print(said, highlight=False, soft_wrap=True)
     errors = ", ".join(f"{name} {error:.1%}" for name, error in found["errors"].items() if name != DENSE)
     console.print(f"mean error of the fit on held-out lengths: {errors}", highlight=False, soft_wrap=True)

@@ -74,6 +74,7 @@ def test_the_wire_takes_the_time_of_bytes_that_are_not_sent() -> None:
     for ranks, bandwidth in ((4, 1e9), (8, 1e8)):
         whole, thin = links.wire(ranks), links.wire(ranks, THIN)
         assert whole.delay == thin.delay == 0.002
+        assert thin.bandwidth is not None
         assert THIN * thin.bandwidth == pytest.approx(whole.bandwidth) == pytest.approx(bandwidth / 2)
 
 
