@@ -6,10 +6,11 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from longhaul.models.errors import UserError
+from longhaul.parallel.planner.apart import separate
 from longhaul.parallel.planner.bounds import area_bound, pods_bound
 from longhaul.parallel.planner.chunk import chunked
 from longhaul.parallel.planner.cluster import Cluster
@@ -193,8 +194,11 @@ def finish(problem: Problem, shelves: list[Shelf]) -> tuple[MicroBatch, ...]:
     return tuple(batches)
 
 
-def planned(problem: Problem, found: dict[str, list[Shelf]], work: Work) -> Plan:
-    """The best candidate as a plan."""
+def planned(problem: Problem, found: dict[str, list[Shelf]], work: Work, apart: Collection[int] = ()) -> Plan:
+    """The best candidate as a plan; documents of the caller's indices `apart` are in groups of their own."""
+    kept_apart = {position for position, index in enumerate(problem.order) if index in apart}
+    if len(kept_apart) > 1:
+        found = {name: separate(problem, copied(shelves), kept_apart) for name, shelves in found.items()}
     times = {name: problem.total(shelves) for name, shelves in found.items()}
     winner = min(times, key=lambda name: times[name])
     batches = finish(problem, found[winner])
@@ -221,7 +225,7 @@ def _most_tokens(batches: tuple[MicroBatch, ...]) -> int:
     )
 
 
-def in_pods(problem: Problem, size: int, work: Work) -> Plan:
+def in_pods(problem: Problem, size: int, work: Work, apart: Collection[int] = ()) -> Plan:
     """Every pod plans its own documents; micro-batches of the same number are shown side by side."""
     blocks = pod_blocks(problem.cluster.ranks, size)
     hands = deal(problem, blocks)
@@ -231,7 +235,9 @@ def in_pods(problem: Problem, size: int, work: Work) -> Plan:
         if not hand:
             continue
         part = problem.cluster.part(block.start, len(block))
-        own = plan([problem.length[i] for i in hand], part, problem.model, work.limit // len(blocks), pod_ranks=0)
+        kept_apart = {position for position, i in enumerate(hand) if problem.order[i] in apart}
+        lengths, budget = [problem.length[i] for i in hand], work.limit // len(blocks)
+        own = plan(lengths, part, problem.model, budget, pod_ranks=0, apart=kept_apart)
         work.done += own.work
         times.append(own.time)
         biases += len(own.micro_batches) * problem.bias * MICROSECOND * len(block)
@@ -266,6 +272,7 @@ def plan(
     budget: int = DEFAULT_BUDGET,
     max_length: int = 0,
     pod_ranks: int | None = None,
+    apart: Collection[int] = (),
 ) -> Plan:
     """Plan one step. Pure and deterministic.
 
@@ -276,27 +283,29 @@ def plan(
         budget: work limit in placements of a document; the best candidate found within it is returned.
         max_length: longest document the job may meet (what a fixed degree must hold); 0: the longest of this step.
         pod_ranks: ranks of a pod; None: pods above 128 ranks; 0: one cluster, as a barrier across all ranks requires.
+        apart: documents of which a group holds at most one: those that began in an earlier stream.
     """
+    apart = frozenset(apart)
     problem = Problem(lengths, cluster, cost_model)
     size = pod_ranks
     if size is None:
         size = pod_size(problem) if cluster.ranks > LARGEST else 0
     if not 0 < size < cluster.ranks:
         work = Work(budget)
-        return planned(problem, candidates(problem, work, max_length), work)
+        return planned(problem, candidates(problem, work, max_length), work, apart)
     if size & (size - 1):
         raise UserError(f"A pod of {size} ranks is not aligned: use a power of two.")
     work = Work(budget * len(pod_blocks(cluster.ranks, size)))
-    best = in_pods(problem, size, work)
+    best = in_pods(problem, size, work, apart)
     while pod_ranks is None and 2 * size < cluster.ranks:  # larger pods help when a few long documents bind
         size *= 2
-        larger = in_pods(problem, size, work)
+        larger = in_pods(problem, size, work, apart)
         if larger.time >= best.time:
             break
         best = larger
     still = static_candidates(problem, work, max_length, {}, round(best.time / MICROSECOND))
     if still:
-        other = planned(problem, still, work)
+        other = planned(problem, still, work, apart)
         times = {**best.candidates, **other.candidates}
         best = replace(other if other.time < best.time else best, candidates=times, bound=best.bound, work=work.done)
     return best

@@ -196,3 +196,31 @@ def test_pods_grow_for_a_document_no_pod_holds():
     made = plan([800_000, *lengths_of(4, 200, 100_000)], cluster, model)
     assert made.pod_ranks in (0, 128)
     assert max(group.degree for batch in made.micro_batches for group in batch.groups) >= 128
+
+
+@pytest.mark.parametrize(
+    ("cluster", "model", "documents"),
+    [
+        (cluster_of(16), published(), 60),
+        (cluster_of(16), published(softmax=0.25, objective="split"), 60),
+        (cluster_of(16, speeds=(0.5,) * 8 + (1.0,) * 8), published(), 60),
+        (cluster_of(256), published(), 200),
+        (cluster_of(4), published(), 6),
+    ],
+    ids=["even", "split", "uneven", "pods", "exact"],
+)
+@pytest.mark.parametrize("every", [1, 3, 9])
+def test_documents_are_kept_apart(cluster: Cluster, model, documents, every):
+    """No group holds two of them, everything else is promised as before, and the others' plan is not touched without need."""
+    lengths = lengths_of(documents, documents, 25_000)
+    apart = range(0, documents, every)
+    free = plan(lengths, cluster, model, budget=20_000)
+    made = plan(lengths, cluster, model, budget=20_000, apart=apart)
+    check(made, lengths, cluster, model)
+    groups = [group for batch in made.micro_batches for group in batch.groups]
+    assert max(len(set(group.documents) & set(apart)) for group in groups) == 1
+    together = any(len(set(group.documents) & set(apart)) > 1 for batch in free.micro_batches for group in batch.groups)
+    assert together or made == free
+    assert plan(lengths, cluster, model, budget=20_000, apart=reversed(apart)) == made
+    if every == 9:
+        assert made.time < 1.2 * free.time
