@@ -33,7 +33,7 @@ class DocumentTotals:
         self.documents = documents
         bounds = documents.bounds
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
-        self.weights = torch.stack([part.sum() for part in weights.double().split(lengths)])
+        self.weights = torch.stack([part.sum(dtype=torch.float64) for part in weights.split(lengths)])
         self.lengths = torch.tensor(lengths)
         self.tables: list[Tensor] = []
         self.complete = False
