@@ -202,6 +202,7 @@ class _Stage(PipelineStage):
         count = len(schedule.pipeline.spans)
         # Shapes given beforehand keep torch from running the model to find them; these are placeholders.
         like = torch.empty(0, dtype=schedule.dtype, device=schedule.device, requires_grad=True)
+        self._nothing = torch.empty(0, dtype=schedule.dtype, device=schedule.device)
         super().__init__(
             part,
             stage,
@@ -223,6 +224,21 @@ class _Stage(PipelineStage):
             (info,) = self.args_recv_info[fwd_chunk_id]
             info.buffer = self._buffer(fwd_chunk_id, self.stage_index, "pipeline forward")
         return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    # torch keeps what was received until the next step; a stage keeps it for as long as its own graph does.
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._forget(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._forget(self.grad_recv_info[bwd_chunk_id])
+
+    def _forget(self, received: Sequence[Any]) -> None:
+        for info in received:
+            info.buffer = self._nothing
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if not self.is_last:
