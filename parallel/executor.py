@@ -130,19 +130,26 @@ class Executor:
         found = self._everyone.all_reduce(times, "timers", dist.ReduceOp.MAX).wait()
         return [1e-6 * value for value in found.tolist()]
 
+    def times_of_places(self, seconds: float) -> list[float]:
+        """What a piece of work took on each place, in whole nanoseconds; a place is as slow as its slowest rank."""
+        own = torch.tensor(round(1e9 * seconds), dtype=torch.int64, device=self.device)
+        found = self._everyone.all_gather(own, "timers").wait().reshape(self.mesh.degrees.data, -1)
+        return [1e-9 * value for value in found.amax(1).tolist()]
+
     def place(self, batch: MicroBatch, lengths: Sequence[int], positions: Sequence[int]) -> Placed:
         """This rank's part of a micro-batch of a plan that was prepared.
 
         Args:
             lengths: tokens of every document of the step.
             positions: position of each one's first token in its whole document. One that began in an earlier stream comes
-                first in its group's, where its positions go on (a second one's begin at 0); its state starts anew.
+                first in its group's, where its positions go on; its state starts anew. Plans keep such documents apart.
         """
         place = self.mesh.data_rank
         group = next((group for group in batch.groups if place in group.ranks), None)
         if group is None:
             return Placed((), (), self.empty())
         members = tuple(sorted(group.documents, key=lambda index: not positions[index]))
+        assert not any(positions[index] for index in members[1:]), "only a stream's first document may begin above position 0"
         bounds = [0]
         for index in members:
             bounds.append(bounds[-1] + lengths[index])

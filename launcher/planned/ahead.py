@@ -120,7 +120,8 @@ class StepPlanner:
         made = None
         if pieces:
             lengths = [piece.length for piece in pieces]
-            made = plan(lengths, learner.cluster, model, self.config.budget, pod_ranks=self.pod_ranks)
+            continued = [index for index, piece in enumerate(pieces) if piece.position]
+            made = plan(lengths, learner.cluster, model, self.config.budget, pod_ranks=self.pod_ranks, apart=continued)
         return Step(
             streams,
             pieces,
@@ -130,16 +131,15 @@ class StepPlanner:
             time.perf_counter() - started,
         )
 
-    def learn(self, step: Step, seconds: Sequence[float]) -> None:
-        """Take in the time of each micro-batch, already the same on all ranks."""
-        if not self.config.learn or step.plan is None:
-            return
+    def learn(self, step: Step, seconds: Sequence[float], equal_work: Sequence[float]) -> None:
+        """Take in the time of each micro-batch, and of the same work on each rank; both already alike on all ranks."""
+        assert step.plan is not None
         samples = []
         for batch, measured in zip(step.plan.micro_batches, seconds, strict=True):
             slowest = max(batch.groups, key=lambda group: group.time)
             lengths = tuple(step.pieces[index].length for index in slowest.documents)
-            samples.append(Sample(lengths, slowest.degree, measured, slowest.ranks.start))
-        self.learner = self.learner.update(samples)
+            samples.append(Sample(lengths, slowest.degree, measured, slowest.ranks.start, slowest.cuts))
+        self.learner = self.learner.paced(equal_work).update(samples)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: all that the plans of later steps depend on, besides configuration and data."""

@@ -59,11 +59,6 @@ def check_planner(parallel: ParallelConfig) -> None:
             f"parallel.pipeline_parallel_size is {parallel.pipeline_parallel_size}: a pipeline passes on micro-batches of one "
             "size, from one group to the next, and those of parallel.planner differ in size and group; leave one of the two out."
         )
-    if parallel.expert_parallel_size != 1:
-        raise UserError(
-            f"parallel.expert_parallel_size is {parallel.expert_parallel_size}, which parallel.planner does not serve yet: leave "
-            "one of the two out."
-        )
     if parallel.data_parallel_backend not in ("fsdp", "ddp"):
         raise UserError(
             f"parallel.data_parallel_backend {parallel.data_parallel_backend} counts micro-batches itself, but those of "

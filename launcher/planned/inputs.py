@@ -32,8 +32,8 @@ def planner_inputs(config: TrainConfig, places: Comm, runtime: Runtime) -> tuple
     """
     wanted, parallel = config.parallel.planner, config.parallel
     constants = read_calibration(Path(wanted.calibration)) if wanted.calibration else published_constants()
-    # fsdp gathers each block's parameters over all processes: a barrier between layers.
-    objective = "split" if parallel.data_parallel_backend == "fsdp" else "sum"
+    # fsdp gathers each block's parameters over all processes, and tokens travel to experts: barriers between layers.
+    objective = "split" if parallel.data_parallel_backend == "fsdp" or parallel.expert_parallel_size > 1 else "sum"
     model = cost_model(facts_of(config.model), config, constants, places.size, objective=objective)
     if wanted.cluster is not None:
         values = read_cluster(wanted.cluster)

@@ -10,7 +10,6 @@ from longhaul.launcher.batches import stream_indices
 from longhaul.launcher.config import TrainConfig
 from longhaul.launcher.data import Data
 from longhaul.launcher.engines import engine_arguments
-from longhaul.models.errors import UserError
 from longhaul.models.lm import LanguageModel
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.data import DataParallel
@@ -61,12 +60,6 @@ def planned_stepper(
     executor.check(*whole.needs())
     batch = config.train.global_batch_size
     assert batch is not None, "resolved"
-    if config.model.prefix_length and batch > 1:
-        raise UserError(
-            f"model.prefix_length {config.model.prefix_length} asks whether a document began in an earlier stream, which "
-            f"parallel.planner tells of one document a group: set train.global_batch_size to 1, not {batch}, and data.seq_length "
-            "to the tokens of a step."
-        )
     planner = StepPlanner(
         lambda first: [data.train.stream(index) for index in stream_indices(first, batch, 0, 1)],
         batch,

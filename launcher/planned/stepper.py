@@ -41,6 +41,7 @@ class PlannedStepper(Stepper):
         super().__init__(*args, stream_tokens=stream_tokens, **options)
         self.planner, self.executor = planner, executor
         self.clock: Callable[[torch.device], Stopwatch] = Stopwatch
+        self.equal_work: Callable[[], float] = EqualWork(self.runtime.device)
         self.step: Step | None = None
         if stream_tokens is not None:
             self.streaming = Streaming(self._run, stream_tokens, self._chunk, keep="cpu", accumulate=self.model.accumulate)
@@ -112,15 +113,15 @@ class PlannedStepper(Stepper):
     def _whole(self, step: Step, piece: Piece) -> LongStream:
         values = (value[piece.start : piece.stop] for value in _values(step.streams[piece.stream]))
         tokens, labels, weights = values
-        # Its state starts anew here, so its positions do: what a chunk is handed belongs to the chunks before it.
-        return LongStream(tokens, labels, weights, Documents((0, piece.length)))
+        return LongStream(tokens, labels, weights, Documents((0, piece.length), piece.position))
 
     def _account(self, step: Step, watch: Stopwatch) -> dict[str, float]:
         """Learn from the step's times, and say how it went beside the plan."""
         if step.plan is None:
             return {}
         seconds = self.executor.slowest(watch.seconds())
-        self.planner.learn(step, seconds)
+        if self.planner.config.learn:
+            self.planner.learn(step, seconds, self.executor.times_of_places(self.equal_work()))
         predicted, measured = step.plan.time, sum(seconds)
         return {
             "planner/micro_batches": len(step.plan.micro_batches),
@@ -130,6 +131,7 @@ class PlannedStepper(Stepper):
             "planner/idle(%)": 100 * step.plan.idle,
             "planner/gap_to_bound(%)": 100 * step.plan.gap,
             "planner/planning(s)": step.seconds,
+            "planner/slowest_rank": min(self.planner.learner.cluster.speeds, default=1.0),
         }
 
 
@@ -174,3 +176,21 @@ class Stopwatch:
             self._marks[-1].synchronize()
             return [1e-3 * before.elapsed_time(after) for before, after in pairwise(self._marks)]
         return [after - before for before, after in pairwise(self._marks)]
+
+
+class EqualWork:
+    """Seconds of the same small product on every process, the least of some tries: how fast each is beside the others."""
+
+    TRIES = 3
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        size = 4096 if device.type == "cuda" else 192
+        self._matrix = torch.ones(size, size, dtype=torch.float32, device=device)
+
+    def __call__(self) -> float:
+        watch = Stopwatch(self._device)
+        for _ in range(self.TRIES):
+            torch.mm(self._matrix, self._matrix)
+            watch.lap()
+        return max(min(watch.seconds()), 1e-9)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from longhaul.models.errors import UserError
-from longhaul.parallel.planner.cluster import Cluster, Kind, kinds_of
+from longhaul.parallel.planner.cluster import SPEED_STEPS, Cluster, Kind, kinds_of
 from longhaul.parallel.planner.cost import CostModel
 
 TERMS = ("quadratic", "linear", "traffic", "exchange", "bias")
@@ -23,12 +24,15 @@ DIGITS = 4  # significant digits kept: every rank rounds to the same model
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured group: lengths of its documents, its degree, the seconds it took (bias included), its first rank."""
+    """A measured group: lengths of its documents, its degree, the seconds it took (bias included), its first rank, and where
+    its stream was cut (empty: by the ranks' speeds).
+    """
 
     lengths: tuple[int, ...]
     degree: int
     time: float
     first: int = 0
+    cuts: tuple[int, ...] = ()
 
 
 def kind_at(cluster: Cluster, degree: int, first: int = 0) -> Kind:
@@ -46,7 +50,7 @@ def features(sample: Sample, cluster: Cluster, model: CostModel) -> np.ndarray:
     """Seconds that each term of the model predicts for a sample. -> [terms]"""
     kind = kind_at(cluster, sample.degree, sample.first)
     lengths = np.asarray(sample.lengths, np.int64)
-    share = kind.slowdown / kind.degree
+    share = _slowest_share(sample, cluster) if sample.cuts else kind.slowdown / kind.degree
     found = np.zeros(len(TERMS))
     for layer in model.layers:
         linear = layer.layers * layer.linear * float(lengths.sum())
@@ -56,6 +60,13 @@ def features(sample: Sample, cluster: Cluster, model: CostModel) -> np.ndarray:
         found[3] += layer.per_group(cluster, kind.degree, kind.link_speed)
     found[4] = model.bias
     return found
+
+
+def _slowest_share(sample: Sample, cluster: Cluster) -> float:
+    """Largest share of the tokens over the speed of the rank that holds it."""
+    ranks = range(sample.first, sample.first + sample.degree)
+    held = [stop - start for start, stop in pairwise(sample.cuts)]
+    return max(SPEED_STEPS * tokens / cluster.speed(rank) for tokens, rank in zip(held, ranks, strict=True)) / sample.cuts[-1]
 
 
 def quantise(value: float) -> float:
@@ -130,25 +141,3 @@ def calibrate(samples: Sequence[Sample], cluster: Cluster, model: CostModel) -> 
     if any(sample.time <= 0 for sample in samples):
         raise UserError("A sample took no time: time groups with a synchronised clock.")
     return scaled(model, fit_scale(samples, cluster, model))
-
-
-def updated_speeds(
-    cluster: Cluster, seconds: Sequence[float], weight: float = 0.2, hysteresis: float = 0.05
-) -> Cluster:
-    """Cluster whose rank speeds follow measured compute times of equal work (stragglers).
-
-    Args:
-        cluster: the present one.
-        seconds: time of each rank for the same work, reduced over ranks so that all see the same. [ranks]
-        weight: weight of the new measurement.
-        hysteresis: relative difference from which a speed follows its measurement.
-    """
-    if len(seconds) != cluster.ranks or min(seconds) <= 0:
-        raise UserError(f"Speeds need one time above 0 for each of {cluster.ranks} ranks, not {len(seconds)} times.")
-    middle = sorted(seconds)[len(seconds) // 2]
-    speeds = []
-    for rank, time in enumerate(seconds):
-        old = cluster.speeds[rank] if cluster.speeds else 1.0
-        seen = middle / time
-        speeds.append(round(old + weight * (seen - old), 3) if abs(seen - old) > hysteresis * old else old)
-    return replace(cluster, speeds=tuple(speeds))

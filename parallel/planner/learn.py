@@ -19,6 +19,7 @@ from longhaul.models.errors import UserError
 from longhaul.parallel.planner.calibrate import TERMS, Sample, features, non_negative, quantise, scaled
 from longhaul.parallel.planner.cluster import Cluster
 from longhaul.parallel.planner.cost import CostModel
+from longhaul.parallel.planner.speeds import followed
 
 KEPT = 64  # samples; a few steps' worth
 HOLD = 0.1  # weight of "all terms by one factor" beside n samples: a term needs a tenth of one sample's time to be fitted
@@ -30,15 +31,17 @@ class Learner:
 
     Attributes:
         base: the model at the start.
-        cluster: where samples ran.
+        cluster: where samples run, with the ranks' speeds of now.
         scale: factor of each term of `base`.
         rows: of each sample kept, the seconds that each term of `base` predicts, then the seconds it took.
+        average: of each rank's speed; empty until one was measured.
     """
 
     base: CostModel
     cluster: Cluster
     scale: tuple[float, ...] = (1.0,) * len(TERMS)
     rows: tuple[tuple[float, ...], ...] = ()
+    average: tuple[float, ...] = ()
 
     @property
     def model(self) -> CostModel:
@@ -57,24 +60,31 @@ class Learner:
             return self
         return replace(self, rows=rows, scale=_fit(np.asarray(rows)))
 
+    def paced(self, seconds: Sequence[float]) -> Learner:
+        """The next state, given what the same work took on each rank; equal on all of them."""
+        cluster, average = followed(self.cluster, self.average, seconds)
+        return replace(self, cluster=cluster, average=average)
+
     def state(self) -> dict[str, list[float] | list[list[float]]]:
         """What a checkpoint keeps."""
-        return {"scale": list(self.scale), "rows": [list(row) for row in self.rows]}
+        rows = [list(row) for row in self.rows]
+        return {"scale": list(self.scale), "rows": rows, "speeds": list(self.cluster.speeds), "average": list(self.average)}
 
     def restored(self, state: dict[str, list]) -> Learner:
         """This learner with the numbers of a checkpoint.
 
         Raises:
-            UserError: they are of another number of terms.
+            UserError: another version wrote them.
         """
         scale = tuple(float(value) for value in state["scale"])
         rows = tuple(tuple(float(value) for value in row) for row in state["rows"])
-        if len(scale) != len(TERMS) or any(len(row) != len(TERMS) + 1 for row in rows):
+        if not {"speeds", "average"} <= set(state) or len(scale) != len(TERMS) or any(len(row) != len(TERMS) + 1 for row in rows):
             raise UserError(
-                f"The checkpoint's learnt costs have {len(scale)} terms, not {len(TERMS)}: it is of another version; set "
-                "parallel.planner.learn to false for this run."
+                f"The checkpoint's learnt costs have {len(scale)} terms and the keys {', '.join(sorted(state))}, so it is of "
+                "another version: set parallel.planner.learn to false for this run."
             )
-        return replace(self, scale=scale, rows=rows)
+        speeds, average = (tuple(float(value) for value in state[name]) for name in ("speeds", "average"))
+        return replace(self, scale=scale, rows=rows, cluster=replace(self.cluster, speeds=speeds), average=average)
 
 
 def _fit(rows: np.ndarray) -> tuple[float, ...]:

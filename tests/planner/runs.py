@@ -16,6 +16,7 @@ from longhaul.launcher.trainer import Trainer
 from longhaul.parallel.comm import Comm
 from longhaul.parallel.network import Network
 from longhaul.parallel.runtime import Runtime
+from longhaul.parallel.tensor import local_ranges
 from tests.launcher.runs import whole
 
 MEMORY = 120  # tokens of a rank; the longest documents need four
@@ -39,7 +40,7 @@ def write_documents(folder: Path, seed: int = 3) -> Path:
     for index, length in enumerate(lengths):
         text = "".join(random.choice(list("the quick brown fox "), length))
         (folder / f"{index:03}.txt").write_text(text)
-    kinds = ("linear_attention", "mamba2", "gated_deltanet", "mom", "attention", "dense", "head")
+    kinds = ("linear_attention", "mamba2", "gated_deltanet", "mom", "memmamba", "jrt", "attention", "dense", "head")
     calibration = {"schema": 1, "rates": dict.fromkeys(kinds, RATES)}
     (folder.parent / "calibration.json").write_text(json.dumps(calibration))
     return folder
@@ -73,26 +74,41 @@ def job(
         try:
             trainer = Trainer(parse(list(argv)), Runtime(rank, world_size, rank, device="cpu", timeout=120.0))
             if clock is not None and trainer.planned is not None:
-                trainer.planned.clock = clock
+                trainer.planned.clock, trainer.planned.equal_work = clock, lambda: 1e-3 * (1 + (rank == 1))
             return _observed(trainer)
         finally:
             torch.set_default_dtype(torch.float32)
 
 
+def full(trainer: Trainer, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter of this name, or its gradient, put together from shards, and from what ranks hold of experts and heads."""
+    found = whole(tensor)
+    for cut in (trainer.model.experts, trainer.model.tensor):
+        kept = cut.kept.get(name)
+        if kept is not None:
+            parts = found.new_zeros(kept.shape)
+            for view, held in local_ranges(found, kept):
+                assert held is not None
+                parts.narrow(kept.axis, held.start, held.stop - held.start).copy_(view / held.sharing)
+            found = cut.comm.all_reduce(parts, "test").wait()
+    return found
+
+
 def _observed(trainer: Trainer) -> dict[str, Any]:
     first: dict[str, torch.Tensor] = {}
-    losses, plans, said = [], [], []
+    losses, plans, said, continued = [], [], [], []
     planned = trainer.planned
     clip, step = trainer.model.clip_gradients, trainer.stepper.train
 
     def keep_gradients(largest: float) -> torch.Tensor:
         if not first:
-            first.update({name: whole(p.grad) for name, p in trainer.model.model.named_parameters()})
+            first.update({name: full(trainer, name, p.grad) for name, p in trainer.model.model.named_parameters()})
         return clip(largest)
 
     def keep_results(streams: Any, rate: float) -> Any:
         if planned is not None:
             plans.append(planned.step.plan)  # type: ignore[union-attr]
+            continued.append([index for index, position in enumerate(planned.step.positions) if position])  # type: ignore[union-attr]
         result = step(streams, rate)
         losses.append(result.loss)
         said.append(dict(result.extra))
@@ -100,8 +116,8 @@ def _observed(trainer: Trainer) -> dict[str, Any]:
 
     trainer.model.clip_gradients, trainer.stepper.train = keep_gradients, keep_results
     outcome = trainer.run()
-    parameters = {name: whole(p) for name, p in trainer.model.model.named_parameters()}
+    parameters = {name: full(trainer, name, p) for name, p in trainer.model.model.named_parameters()}
     return {
         "first": first, "parameters": parameters, "losses": losses, "plans": plans, "said": said,
-        "held_out": outcome.held_out_loss,
+        "held_out": outcome.held_out_loss, "continued": continued,
     }  # fmt: skip

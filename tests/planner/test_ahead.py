@@ -54,26 +54,28 @@ def times_of(step: Step) -> list[float]:
     return [max(map(of, batch.groups)) for batch in step.plan.micro_batches]
 
 
-def go(planner: StepPlanner, first: int, steps: int) -> list[Step]:
+def go(planner: StepPlanner, first: int, steps: int, slow: float = 1.0) -> list[Step]:
+    """Steps of which the last rank takes `slow` times as long as the others for the same work."""
     found = []
     for number in range(first, first + steps):
         found.append(planner.take(2 * number))
-        planner.learn(found[-1], times_of(found[-1]))
+        planner.learn(found[-1], times_of(found[-1]), [1.0] * 7 + [slow])
     return found
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_plans_are_the_same_after_a_resume(ahead: int) -> None:
     whole = planner_of(ahead)
-    before, after = go(whole, 0, 5), go(whole, 5, 4)
+    before, after = go(whole, 0, 5, slow=2.0), go(whole, 5, 4, slow=2.0)
     first = planner_of(ahead)
-    assert [step.plan for step in go(first, 0, 5)] == [step.plan for step in before]
+    assert [step.plan for step in go(first, 0, 5, slow=2.0)] == [step.plan for step in before]
     second = planner_of(ahead)
     assert second.restore(json.loads(json.dumps(first.state())))
-    assert [step.plan for step in go(second, 5, 4)] == [step.plan for step in after]
+    assert [step.plan for step in go(second, 5, 4, slow=2.0)] == [step.plan for step in after]
     assert second.learner == whole.learner
+    assert second.learner.cluster.speeds[-1] < 0.9, "the last rank turned slow"
     # What would be planned without the costs is another plan, so the comparison sees them.
-    assert [step.plan.time for step in go(planner_of(ahead, learn=False), 5, 4)] != [step.plan.time for step in after]
+    assert [step.plan.time for step in go(planner_of(ahead), 5, 4)] != [step.plan.time for step in after]
 
 
 def test_costs_learnt_elsewhere_are_left() -> None:
@@ -89,6 +91,16 @@ def test_prediction_error_falls() -> None:
     steps = go(planner, 0, 6)
     errors = [abs(step.plan.time / sum(times_of(step)) - 1.0) for step in steps if step.plan]
     assert errors[0] > 0.25 and errors[-1] < 0.05
+
+
+def test_a_slow_rank_gets_less() -> None:
+    step = go(planner_of(1), 0, 9, slow=2.0)[-1]
+    assert step.plan is not None
+    held = [0] * 8
+    for group in (group for batch in step.plan.micro_batches for group in batch.groups):
+        for rank, start, stop in zip(group.ranks, group.cuts, group.cuts[1:]):
+            held[rank] += stop - start
+    assert held[7] < 0.9 * sum(held[:7]) / 7
 
 
 def test_pieces_are_cut_where_streams_end() -> None:
@@ -126,7 +138,6 @@ ON = ("--parallel.planner.enabled", "true")
         (("--parallel.pipeline_parallel_size", "2"), "a pipeline passes on micro-batches of one size"),
         (("--parallel.exchange", "hierarchical"), "use log_scan"),
         (("--parallel.attention", "usp"), "use ulysses"),
-        (("--parallel.expert_parallel_size", "2"), "does not serve yet"),
         (("--parallel.planner.ahead", "0"), "give 1 or more"),
         (("--parallel.planner.memory_token", "5"), "did you mean --parallel.planner.memory_tokens"),
     ],
@@ -192,7 +203,8 @@ def test_a_resumed_run_plans_and_trains_as_the_whole_one(folder: Path) -> None:
 
 def test_documents_that_fit_nowhere_are_streamed(folder: Path) -> None:
     """Three ranks: the largest block has two, and the third takes part in every collective without a token."""
-    model = {"model.pattern": "LN", "model.linear_mixer": "gated_deltanet", "train.steps": 3, "data.validation_fraction": 0.2}
+    model = {"model.pattern": "LN", "model.linear_mixer": "memmamba", "model.memmamba.block": 16, "model.memmamba.slots": 8}
+    model |= {"train.steps": 2, "data.validation_fraction": 0.2}
     static = run_ranks(job, 1, timeout=120, argv=arguments(folder, model), dtype=torch.float64)[0]
     small = {"parallel.planner.memory_tokens": 60, "train.stream_tokens": 50}
     found = run_ranks(job, 3, timeout=120, argv=arguments(folder, {**model, **PLANNED, **small}), dtype=torch.float64)

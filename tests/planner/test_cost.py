@@ -14,11 +14,11 @@ from longhaul.parallel.planner.calibrate import (
     kind_at,
     predict,
     prediction_error,
-    updated_speeds,
 )
 from longhaul.parallel.planner.cost import PUBLISHED, PUBLISHED_ALL_TO_ALL
 from longhaul.parallel.planner.learn import KEPT, Learner
 from longhaul.parallel.planner.problem import Problem
+from longhaul.parallel.planner.speeds import STEP, followed
 from tests.planner.setting import cluster_of, lengths_of
 
 
@@ -141,13 +141,44 @@ def test_a_term_that_no_sample_shows_follows_the_others():
 
 
 def test_speeds_follow_stragglers():
-    cluster = cluster_of(8)
-    times = [1.0] * 7 + [2.0]
-    for _ in range(40):
-        cluster = updated_speeds(cluster, times)
-    assert cluster.speeds[:7] == (1.0,) * 7 and cluster.speeds[7] == pytest.approx(0.5, abs=0.05)
+    """Of eight ranks one turns slow and recovers; what all have in common, and a few per cent, move nothing."""
+    cluster, average, random = cluster_of(8), (), np.random.default_rng(0)
+
+    def steps(count: int, slow: float) -> None:
+        nonlocal cluster, average
+        for _ in range(count):
+            noise = 1.0 + 0.02 * random.standard_normal(8)
+            together = random.uniform(0.5, 2.0)
+            cluster, average = followed(cluster, average, (together * noise * ([1.0] * 7 + [slow])).tolist())
+
+    steps(20, 1.0)
+    assert cluster == cluster_of(8)
+    steps(30, 2.0)
+    assert cluster.speeds[:7] == (1.0,) * 7 and cluster.speeds[7] == pytest.approx(0.5, abs=STEP)
+    steps(40, 1.0)
+    assert cluster == cluster_of(8), "an even cluster is planned faster"
     with pytest.raises(UserError, match="8 ranks"):
-        updated_speeds(cluster, [1.0])
+        followed(cluster, (), [1.0])
+
+
+def test_speeds_of_a_cluster_file_are_where_they_start():
+    cluster, average = cluster_of(4, speeds=(0.33, 0.33, 1.0, 1.0)), ()
+    for _ in range(5):
+        cluster, average = followed(cluster, average, [3.03, 3.03, 1.0, 1.0])
+    assert cluster.speeds == (0.33, 0.33, 1.0, 1.0)
+    for _ in range(30):
+        cluster, average = followed(cluster, average, [3.03, 3.03, 1.0, 2.0])
+    assert cluster.speeds == (0.33, 0.33, 1.0, 0.5)
+
+
+def test_a_sample_takes_as_long_as_the_rank_with_most_for_its_speed():
+    """A group whose tokens were shared before a rank's speed was known."""
+    cluster, model = cluster_of(4, speeds=(1.0, 0.5, 1.0, 1.0)), published()
+    even, knowing = ((0, 500, 1000), (0, 667, 1000))
+    late, alone = (predict(Sample((1000,), 2, 1.0, 0, cuts), cluster, model) for cuts in (even, (0, 1000, 1000)))
+    assert late == pytest.approx(alone, rel=1e-3), "half of the tokens at half the speed"
+    best = predict(Sample((1000,), 2, 1.0, 0, knowing), cluster, model)
+    assert best < late and best == pytest.approx(predict(Sample((1000,), 2, 1.0), cluster, model), rel=1e-3)
 
 
 @pytest.mark.parametrize(
