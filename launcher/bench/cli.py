@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "wire": ("longhaul.launcher.bench.wire", "counted bytes beside the operating system's counters"),
     "planner": ("longhaul.launcher.bench.planner", "steps of long-tailed documents, planned and of one degree"),
     "stream": ("longhaul.launcher.bench.stream", "a training step on a stream longer than memory, chunk by chunk"),
+    "rsa": ("longhaul.launcher.bench.rsa", "Ring Self-Attention and tensor parallelism: the most that fits"),
 }
 
 
