@@ -113,7 +113,8 @@ class PlannedStepper(Stepper):
     def _whole(self, step: Step, piece: Piece) -> LongStream:
         values = (value[piece.start : piece.stop] for value in _values(step.streams[piece.stream]))
         tokens, labels, weights = values
-        return LongStream(tokens, labels, weights, Documents((0, piece.length), piece.position))
+        # Its state starts anew here, so its positions do: what a chunk is handed belongs to the chunks before it.
+        return LongStream(tokens, labels, weights, Documents((0, piece.length)))
 
     def _account(self, step: Step, watch: Stopwatch) -> dict[str, float]:
         """Learn from the step's times, and say how it went beside the plan."""

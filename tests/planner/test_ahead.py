@@ -203,8 +203,7 @@ def test_a_resumed_run_plans_and_trains_as_the_whole_one(folder: Path) -> None:
 
 def test_documents_that_fit_nowhere_are_streamed(folder: Path) -> None:
     """Three ranks: the largest block has two, and the third takes part in every collective without a token."""
-    model = {"model.pattern": "LN", "model.linear_mixer": "memmamba", "model.memmamba.block": 16, "model.memmamba.slots": 8}
-    model |= {"train.steps": 2, "data.validation_fraction": 0.2}
+    model = {"model.pattern": "LN", "model.linear_mixer": "gated_deltanet", "train.steps": 3, "data.validation_fraction": 0.2}
     static = run_ranks(job, 1, timeout=120, argv=arguments(folder, model), dtype=torch.float64)[0]
     small = {"parallel.planner.memory_tokens": 60, "train.stream_tokens": 50}
     found = run_ranks(job, 3, timeout=120, argv=arguments(folder, {**model, **PLANNED, **small}), dtype=torch.float64)
