@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 import longhaul.models
 import longhaul.parallel
@@ -16,8 +16,6 @@ from longhaul.launcher.lines import LinesFile, fingerprint_of
 from .cells import TOLERANCE, Cell
 from .ranks import Answer
 from .topologies.cases import Case
-
-C = TypeVar("C", Cell, Case)
 
 PASSED, FAILED, REFUSED = "passed", "failed", "refused"
 
@@ -36,7 +34,8 @@ class Failure:
 class Verdict:
     """What came of a cell."""
 
-    cell: Cell | Case
+    cell: Any
+    """A `Cell`, or a `Case` of the topologies."""
     status: str
     seconds: float = 0.0
     worst: float = 0.0
@@ -79,7 +78,7 @@ def sources() -> str:
     return fingerprint_of([*(Path(folder) for package in packages for folder in package.__path__), Path(__file__).parent])
 
 
-class ResultsFile(Generic[C]):
+class ResultsFile:
     """Verdicts on disk.
 
     Args:
@@ -88,13 +87,13 @@ class ResultsFile(Generic[C]):
         fingerprint: of the sources that a verdict depends on; those of cells if left out.
     """
 
-    def __init__(self, path: Path, kind: type[C] = Cell, fingerprint: str | None = None) -> None:  # type: ignore[assignment]
+    def __init__(self, path: Path, kind: Any = Cell, fingerprint: str | None = None) -> None:
         self.path, self.kind = path, kind
         self._file = LinesFile(path, fingerprint or sources())
 
-    def read(self) -> dict[C, Verdict]:
+    def read(self) -> dict[Any, Verdict]:
         """The last verdict of this program on each cell; failed ones are left out, to be run again."""
-        found: dict[C, Verdict] = {}
+        found: dict[Any, Verdict] = {}
         for fields in self._file.lines():
             try:
                 cell = self.kind(**fields["cell"])

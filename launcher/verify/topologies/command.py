@@ -73,7 +73,7 @@ def judge_case(case: Case, answers: Sequence[Answer], seconds: float) -> Verdict
     return verdict
 
 
-def _run(console: Console, cases: Sequence[Case], kept: ResultsFile[Case] | None, pools: int | None) -> list[Verdict]:
+def _run(console: Console, cases: Sequence[Case], kept: ResultsFile | None, pools: int | None) -> list[Verdict]:
     """The verdicts on all cases, in their order."""
     finished = kept.read() if kept is not None else {}
     todo = [case for case in cases if case not in finished]

@@ -257,7 +257,7 @@ def check(asked: Asked, runtime: Runtime) -> Findings:
 def _reference(case: Case, folder: Path, scratch: Path, runtime: Runtime) -> Outcome:
     """What one process makes of the case; made by the first rank if it lies nowhere yet."""
     path = folder / "references" / ("-".join(case.reference) + ".pt")
-    runtime.on_main(lambda: path.exists() or _make_reference(case, path, folder, scratch))
+    runtime.on_main(lambda: _make_reference(case, path, folder, scratch))
     return Outcome(*torch.load(path))
 
 
@@ -284,7 +284,9 @@ def _prepare(folder: Path) -> Path:
 
 
 def _make_reference(case: Case, path: Path, folder: Path, scratch: Path) -> None:
-    """The same model and streams in one process, with nothing on."""
+    """The same model and streams in one process, with nothing on; if it is not there yet."""
+    if path.exists():
+        return
     alone = Case(case.model, optimizer=case.optimizer, dtype=case.dtype)
     config = configured(alone, folder, scratch)
     config = replace(config, train=replace(config.train, global_batch_size=case.streams))

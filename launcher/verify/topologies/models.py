@@ -81,7 +81,8 @@ class TrainedEncoder(Encoder):
         if labels is None:
             return hidden, None
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
-        return LossOutput(*self.head(hidden, labels, weights), None)
+        loss_sum, weight_sum = self.head(hidden, labels, weights)
+        return LossOutput(loss_sum, weight_sum, None)
 
     def needs(self) -> tuple[bool, list[Mask]]:
         """As `LanguageModel.needs`."""

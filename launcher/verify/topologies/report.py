@@ -17,8 +17,8 @@ def summarise(console: Console, verdicts: Sequence[Verdict]) -> None:
     """The table, the refusals and the failures."""
     groups: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
-        if not verdict.cell.refused:  # type: ignore[union-attr]
-            groups[verdict.cell.model, verdict.cell.topology].append(verdict)  # type: ignore[union-attr]
+        if not verdict.cell.refused:
+            groups[verdict.cell.model, verdict.cell.topology].append(verdict)
     models = list(dict.fromkeys(model for model, _ in groups))
     table = Table(title="cases passed / run, by mesh and model", title_justify="left")
     table.add_column("mesh")
