@@ -27,8 +27,8 @@ Made by `{command}` at commit {commit} on {date}, torch {torch}. Nothing here is
 Each of the {run} cases below is a run of the trainer on a tiny model, packed documents and masked tokens, on processes of one
 machine (CPU, gloo). Compared with one process: every gradient at step 1 and every parameter after {steps} steps, on every
 process; all losses and gradient norms; the held-out loss. Allowed are 1e-10 in fp64 and 1e-5 in fp32 (RMS over RMS);
-DeepSpeed's ZeRO runs in fp32. The worst seen: {worst}. With recomputation a step sends message for message
-what it sends without: nothing is sent again in a backward. {refused} combinations are refused before the first step.
+DeepSpeed's ZeRO runs in fp32. The worst seen: {worst}. With recomputation a step has as many messages of
+every kind as without: no forward is sent again in a backward. {refused} combinations are refused before the first step.
 
 Meshes: dp data, sp sequence, tp tensor, pp pipeline, ep expert parallel processes. zero1 to zero3 are stages of ZeRO.
 """

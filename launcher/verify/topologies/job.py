@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
     losses: list[float]
     norms: list[float]
     held_out: float
-    traffic: list[dict[str, tuple[int, int, int]]]
+    traffic: list[dict[str, tuple[int, int]]]
     """Of a step as the case asks, and of the same without recomputation; empty if it asks for none."""
 
 
@@ -178,8 +178,11 @@ class _Run(Trainer):
         assert weight > 0
         return Outcome(self.gradients, parameters, self.losses, self.norms, held_out, traffic)
 
-    def _traffic(self, checkpointing: str) -> dict[str, tuple[int, int, int]]:
-        """Calls, messages and bytes of the last step, taken once more at a rate of zero, by label and collective."""
+    def _traffic(self, checkpointing: str) -> dict[str, tuple[int, int]]:
+        """Calls and messages of the last step, taken once more at a rate of zero, by label and collective.
+
+        Not bytes: in its backward Ulysses has its inputs travel with the gradients where they were not kept.
+        """
         model: Any = self.model.model
         options = CHECKPOINTING[checkpointing]
         model.activation_checkpointing = options["activation_checkpointing"]
@@ -187,7 +190,7 @@ class _Run(Trainer):
         self.ledger.reset()
         self._train(self.streams, 0.0)
         counts = self.ledger.counts.items()
-        return {f"{label}, {kind}": (count.calls, count.messages, count.bytes) for (label, kind), count in counts}
+        return {f"{label}, {kind}": (count.calls, count.messages) for (label, kind), count in counts}
 
 
 def held(model: DataParallel, gradient: bool) -> dict[str, list[tuple[tuple[int, ...], Tensor]]]:
@@ -328,11 +331,11 @@ def _errors(title: str, found: dict[str, Any], whole: dict[str, Any]) -> dict[st
     return errors
 
 
-def _differences(found: dict[str, tuple[int, int, int]], expected: dict[str, tuple[int, int, int]]) -> Findings:
+def _differences(found: dict[str, tuple[int, int]], expected: dict[str, tuple[int, int]]) -> Findings:
     """Messages that recomputation sends more, or fewer, by label."""
     findings: Findings = {}
     for label in sorted({*found, *expected}):
-        calls, wanted = found.get(label, (0, 0, 0)), expected.get(label, (0, 0, 0))
+        calls, wanted = found.get(label, (0, 0)), expected.get(label, (0, 0))
         change = max(abs(a - b) for a, b in zip(calls, wanted))
         findings[f"messages of recomputation: {label}"] = (float(change), 0.0)
     return findings
