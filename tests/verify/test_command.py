@@ -75,6 +75,16 @@ def test_a_broken_rank_ends_one_cell_of_its_pool(tmp_path: Path) -> None:
     assert verdicts and all("broken on purpose" in verdict["message"] for verdict in verdicts)
 
 
+def test_topologies_are_narrowed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, document = tmp_path / "kept.jsonl", tmp_path / "out.json"
+    arguments = ("--topologies", "--model", "encoder", "--topology", "1", "pp2", "--results", str(kept), "--json", str(document))
+    assert verify(*arguments) == 0
+    found = json.loads(document.read_text())
+    assert (found["passed"], found["failed"], found["refused"]) == (1, 0, 1)
+    assert verify(*arguments) == 0
+    assert "2 of them finished before" in capsys.readouterr().out and len(kept.read_text().splitlines()) == 2
+
+
 def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "bytes.json"
     assert verify("--bytes", "--ranks", "2", "--engine", "ring", "--json", str(document)) == 0
@@ -95,6 +105,11 @@ def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--module", "tests.verify.mixers:NotAModule"), "no class of torch.nn.Module"),
         (("--bytes", "--engine", "auto"), "no formula of its own"),
         (("--mixer", "attention", "--engine", "log_scan"), "No cell is left"),
+        (("--topologies", "--model", "gpt"), "--model 'gpt' is not known"),
+        (("--topologies", "--topology", "dp2", "--model", "encoder", "--backend", "hsdp"), "No case is left"),
+        (("--topologies", "--mixer", "mamba2"), "--mixer is of the matrix of engines"),
+        (("--topologies", "--markdown", "table.md"), "give it with --all"),
+        (("--backend", "ddp"), "--backend is of --topologies"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
