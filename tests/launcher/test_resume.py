@@ -254,20 +254,20 @@ def test_one_rank_without_data_stops_all(folder: Path) -> None:
 
 
 def without_data_on_one_rank(rank: int, world_size: int, config: TrainConfig) -> str:
-    from longhaul.launcher import trainer
+    from longhaul.launcher import start
 
     def load(config: Any) -> Data:
         raise UserError("The file x of data.paths is missing.")
 
-    original = trainer.load_data
+    original = start.load_data
     if rank == 1:
-        trainer.load_data = load
+        start.load_data = load
     try:
         train_rank(rank, world_size, config)
     except UserError as error:
         return str(error)
     finally:
-        trainer.load_data = original
+        start.load_data = original
     return "nothing failed"
 
 
