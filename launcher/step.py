@@ -91,6 +91,7 @@ class Stepper:
                 keep="cpu",  # flat memory on a GPU, for a copy of one state a chunk
                 truncate=stream_truncated,
                 accumulate=model.accumulate,
+                alike=model.counts_outputs,
             )
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

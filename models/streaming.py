@@ -77,12 +77,13 @@ class Streamed(NamedTuple):
     border_elements: int
 
 
-def chunks_of(documents: Documents, chunk_tokens: int, keep_state: bool = False) -> list[Chunk]:
+def chunks_of(documents: Documents, chunk_tokens: int, keep_state: bool = False, alike: bool = False) -> list[Chunk]:
     """Cut a stream into chunks, the last one shorter; an empty stream is one empty chunk.
 
     Args:
         chunk_tokens: C.
         keep_state: the stream goes on after its last token.
+        alike: every chunk but the last hands on its state, be it that the next one begins a document.
     """
     bounds, length = documents.bounds, documents.num_tokens
     chunks = []
@@ -90,7 +91,7 @@ def chunks_of(documents: Documents, chunk_tokens: int, keep_state: bool = False)
         stop = min(start + chunk_tokens, length)
         inside = bounds[bisect_right(bounds, start) : bisect_left(bounds, stop)]
         cut = sorted({0, *(bound - start for bound in inside), stop - start})
-        goes_on = keep_state if stop == length else documents.position(stop) > 0
+        goes_on = keep_state if stop == length else alike or documents.position(stop) > 0
         chunks.append(Chunk(start, stop, Documents(cut, documents.position(start)), goes_on))
     return chunks
 
@@ -133,6 +134,7 @@ class Streaming:
         folder: of `disk`; the system's folder for temporary files if left out.
         truncate: states are handed on without gradients, and each chunk is run once: cheaper, not exact.
         accumulate: around forward and backward of each replay, with whether it is the last of the step.
+        alike: the graph of a chunk has one shape whatever its documents: all its states take part in the backward.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Streaming:
         folder: Path | None = None,
         truncate: bool = False,
         accumulate: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext(),
+        alike: bool = False,
     ) -> None:
         if chunk_tokens < 1:
             raise UserError(f"stream_tokens is {chunk_tokens}: give 1 or more.")
@@ -155,7 +158,7 @@ class Streaming:
             raise UserError(f"every is {every} with keep {keep!r}: it is 1 or more, and of two_level only.")
         self.model, self.chunk_tokens, self.make_shard = model, chunk_tokens, make_shard
         self.keep, self.every, self.folder = keep, every, folder
-        self.truncate, self.accumulate = truncate, accumulate
+        self.truncate, self.accumulate, self.alike = truncate, accumulate, alike
 
     def backward(
         self, stream: LongStream, state: Any = None, *, scale: float = 1.0, keep_state: bool = False, last: bool = True
@@ -170,7 +173,7 @@ class Streaming:
             keep_state: return the state after the stream.
             last: no other stream of this step follows: the first chunk's replay is the one that reduces gradients.
         """
-        chunks = chunks_of(stream.documents, self.chunk_tokens, keep_state)
+        chunks = chunks_of(stream.documents, self.chunk_tokens, keep_state, self.alike)
         entering = _detached(state) if stream.documents.first_position else None
         if self.truncate:
             return self._truncated(stream, chunks, entering, scale, last)
@@ -285,11 +288,11 @@ class Streaming:
             sums.add(output)
             roots: list[Tensor] = [output.loss_sum * scale]
             gradients: list[Tensor | None] = [None]
-            if cotangent is not None:
-                for root, gradient in zip(tree_leaves(output.state), tree_leaves(cotangent)):
-                    if gradient is not None and root.requires_grad:
-                        roots.append(root)
-                        gradients.append(gradient)
+            leaves = tree_leaves(output.state)
+            for root, gradient in zip(leaves, [None] * len(leaves) if cotangent is None else tree_leaves(cotangent)):
+                if root is not None and root.requires_grad and (gradient is not None or self.alike):
+                    roots.append(root)
+                    gradients.append(torch.zeros_like(root) if gradient is None else gradient)
             torch.autograd.backward(roots, gradients)
         return output.state, tree_map(lambda leaf: leaf.grad if isinstance(leaf, Tensor) else None, entering)
 

@@ -127,6 +127,11 @@ class DataParallel:
         return self._forward(*args, **kwargs)
 
     @property
+    def counts_outputs(self) -> bool:
+        """Whether the backwards of all processes must start from equally many outputs of every layer."""
+        return False
+
+    @property
     def lockstep(self) -> bool:
         """Every forward and backward communicates, so all processes run equally many, those without tokens too."""
         return self._sharded or self.experts.comm.size > 1

@@ -136,7 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where every rank has one")
     parser.add_argument("--results", type=Path, metavar="FILE", help="keep verdicts here and skip those that are (JSON lines)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts as one document")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --topologies --all: write the table of combinations")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --topologies: write the table of combinations")
     return parser.parse_args(argv)
 
 

@@ -108,7 +108,7 @@ def test_bytes_equal_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--topologies", "--model", "gpt"), "--model 'gpt' is not known"),
         (("--topologies", "--topology", "dp2", "--model", "encoder", "--backend", "hsdp"), "No case is left"),
         (("--topologies", "--mixer", "mamba2"), "--mixer is of the matrix of engines"),
-        (("--topologies", "--markdown", "table.md"), "give it with --all"),
+        (("--topologies", "--model", "mom", "--markdown", "table.md"), "ask for nothing narrower"),
         (("--backend", "ddp"), "--backend is of --topologies"),
     ],
 )

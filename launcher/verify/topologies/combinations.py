@@ -18,11 +18,13 @@ from .cases import BACKENDS, CHECKPOINTING, ENGINES, OPTIONS, SCHEDULES, TOPOLOG
 from .job import STEPS
 from .models import MODELS
 
-COMMAND = "longhaul verify --topologies --all --markdown docs/combinations.md"
+COMMAND = "longhaul verify --topologies{all} --markdown docs/combinations.md"
+WHOLE = "It is the whole list, which `make verify` runs again."
+SPREAD = "It is the spread of cases that the tests run; `make verify` runs the whole list."
 HEAD = """\
 # Combinations
 
-Made by `{command}` at commit {commit} on {date}, torch {torch}. Nothing here is written by hand, and `make verify` runs it again.
+Made by `{command}` at commit {commit} on {date}, torch {torch}. Nothing here is written by hand. {list}
 
 Each of the {run} cases below is a run of the trainer on a tiny model, packed documents and masked tokens, on processes of one
 machine (CPU, gloo). Compared with one process: every gradient at step 1 and every parameter after {steps} steps, on every
@@ -34,26 +36,30 @@ Meshes: dp data, sp sequence, tp tensor, pp pipeline, ep expert parallel process
 """
 
 
-def write(path: Path, verdicts: Sequence[Verdict]) -> None:
+def write(path: Path, verdicts: Sequence[Verdict], whole: bool) -> None:
     """Write the file, whole or not at all.
+
+    Args:
+        whole: the verdicts are on the whole list, not on the spread of it.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text(verdicts))
+        write_atomically(path, text(verdicts, whole))
     except OSError as error:
         raise UserError(f"--markdown {path} cannot be written ({error.strerror}): give another file.") from None
 
 
-def text(verdicts: Sequence[Verdict]) -> str:
+def text(verdicts: Sequence[Verdict], whole: bool) -> str:
     """The document."""
     ran = [verdict for verdict in verdicts if verdict.status != REFUSED]
     worst = {dtype: max((v.worst for v in ran if v.cell.dtype == dtype), default=0.0) for dtype in ("fp64", "fp32")}
     parts = [
         HEAD.format(
-            command=COMMAND,
+            command=COMMAND.format(all=" --all" if whole else ""),
+            list=WHOLE if whole else SPREAD,
             commit=_commit(),
             date=datetime.date.today().isoformat(),
             torch=torch.__version__,

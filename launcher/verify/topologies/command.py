@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def main(console: Console, arguments: argparse.Namespace) -> int:
     """Run the cases asked for. Returns 0 if all passed, 1 if one failed."""
     narrowing = Narrowing(tuple(arguments.model), tuple(arguments.topology), tuple(arguments.backend))
-    if arguments.markdown is not None and (not arguments.all or any(narrowing)):
-        raise UserError("--markdown describes the whole list of topologies: give it with --all, and nothing narrower.")
+    if arguments.markdown is not None and any(narrowing):
+        raise UserError("--markdown describes the spread of topologies, or with --all the whole list: ask for nothing narrower.")
     cases = chosen(whole() if arguments.all else spread(), narrowing)
     if not have_deepspeed():
         left = [case for case in cases if case.backend not in ZERO or case.refused]
@@ -54,7 +54,7 @@ def main(console: Console, arguments: argparse.Namespace) -> int:
         if failed:
             console.print(f"{arguments.markdown} is not written: something failed.", style="red", highlight=False)
         else:
-            combinations.write(arguments.markdown, verdicts)
+            combinations.write(arguments.markdown, verdicts, arguments.all)
     return int(failed)
 
 

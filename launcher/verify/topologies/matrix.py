@@ -154,6 +154,7 @@ SPREAD = [
     Case(MOE, "dp2 x ep2 x sp2", "ddp", "none", optimizer=ADAMW),
     Case(MOE, "ep2 x tp2 x sp2", "fsdp", "selective", dtype="fp32"),
     Case(MOE, "dp2 x ep2", "fsdp", "none"),
+    Case(MOE, "dp2 x ep2", option="planned", dtype="fp32"),
     Case(ENCODER, "sp2", "ddp", "selective", "", "rsa"),
     Case(ENCODER, "dp2 x tp2 x sp2", "fsdp", "full", "", "rsa"),
     Case(ENCODER, "1", "fsdp", "full"),
