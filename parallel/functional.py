@@ -137,6 +137,39 @@ def all_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
     return _Sum.apply(x, comm, label)
 
 
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.comm.all_reduce(grad, "to heads backward").wait(), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        return comm.all_reduce(x, "from heads forward").wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def copy_to_heads(x: Tensor, comm: Comm) -> Tensor:
+    """Megatron's `f`: what all ranks hold, for each rank's own heads. Its gradient is the sum of all heads' parts."""
+    return _Copied.apply(x, comm)
+
+
+def sum_from_heads(x: Tensor, comm: Comm) -> Tensor:
+    """Megatron's `g`: the sum of all heads' parts on every rank. Unlike `all_sum`'s, its gradient is whole on every rank."""
+    return _Summed.apply(x, comm)
+
+
 def rows_of(num_rows: int, comm: Comm) -> tuple[int, int]:
     """The rows of this rank if `num_rows` are divided in consecutive runs; the last ranks may have fewer, or none."""
     each = -(-num_rows // comm.size)

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from longhaul.models.config import ModelConfig
 from longhaul.models.errors import UserError
@@ -36,7 +35,7 @@ from longhaul.models.sequence import SequenceShard
 
 from .comm import Comm
 from .engine import TWO_LEVELS, SequenceParallel
-from .functional import gather_rows, scatter_sum
+from .functional import copy_to_heads, gather_rows, scatter_sum, sum_from_heads
 from .layout import SequenceLayout
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -153,14 +152,14 @@ class MegatronMixer(nn.Module):
         if self.sequence_parallel:
             x = gather_rows(hidden_states, hidden_states.shape[0] * tensor.size, tensor, "to heads")
         else:
-            x = _Copy.apply(hidden_states, tensor)
+            x = copy_to_heads(hidden_states, tensor)
         length, rows, _ = x.shape
         shard = self._stream(length, rows, packed_seq_params, x.device)
         y, _ = self.mixer(x.transpose(0, 1).flatten(0, 1), shard)  # [s, b, h] -> [T, h]
         y = y.unflatten(0, (rows, length)).transpose(0, 1)
         if not self.narrowed:
             y = y / tensor.size  # every rank ran all of it
-        return (scatter_sum(y, tensor, "from heads") if self.sequence_parallel else _Reduce.apply(y, tensor)), None
+        return (scatter_sum(y, tensor, "from heads") if self.sequence_parallel else sum_from_heads(y, tensor)), None
 
     def _stream(self, length: int, rows: int, packed: Any, device: torch.device) -> SequenceShard:
         """Rows, or the documents packed in one, as this rank's part of a stream. That of the last micro-batch is kept."""
@@ -223,30 +222,3 @@ def _summed(kept: Kept | None, comm: Comm) -> Callable[[Tensor], Tensor]:
         return whole
 
     return hook
-
-
-class _Copy(torch.autograd.Function):
-    """A replicated activation into a region of own heads: the cotangent is the sum of all heads' parts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.all_reduce(grad, "to heads backward").wait(), None
-
-
-class _Reduce(torch.autograd.Function):
-    """The sum over heads, replicated: its cotangent is whole on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        return comm.all_reduce(x, "from heads forward").wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

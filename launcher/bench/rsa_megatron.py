@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longhaul.models.encoder import Encoder
 from longhaul.parallel.comm import Comm
-from longhaul.parallel.functional import gather_rows, rows_of
+from longhaul.parallel.functional import copy_to_heads, gather_rows, rows_of, sum_from_heads
 from longhaul.parallel.shard import RankShard
 
 
@@ -29,10 +29,10 @@ class WholeBetweenLayers(RankShard):
         return x
 
     def to_heads(self, x: Tensor) -> Tensor:
-        return _Copy.apply(x, self.tensor)
+        return copy_to_heads(x, self.tensor)
 
     def from_heads(self, x: Tensor) -> Tensor:
-        return _Sum.apply(x, self.tensor)
+        return sum_from_heads(x, self.tensor)
 
 
 def keep_whole(model: Encoder, comm: Comm) -> None:
@@ -61,33 +61,6 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Any:
         return self.inner(_Own.apply(hidden, self.comm), labels, weights)
-
-
-class _Copy(torch.autograd.Function):
-    """`f`: the same on all ranks, which each use it for their heads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.all_reduce(grad, "to heads backward").wait(), None
-
-
-class _Sum(torch.autograd.Function):
-    """`g`: the sum of all ranks' parts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        return comm.all_reduce(x, "from heads forward").wait()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class _Gather(torch.autograd.Function):

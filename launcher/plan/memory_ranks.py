@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,14 @@ def measure(runtime: Runtime, config: TrainConfig) -> dict[str, Any]:
     """
     folder = Path(runtime.on_main(lambda: tempfile.mkdtemp(prefix="longhaul-memory-")))
     config = replace(config, checkpoint=replace(config.checkpoint, folder=str(folder / "run"), every=0, resume="never"))
-    with recorded() as setup:
-        trainer = Trainer(config, runtime)
-    with recorded() as steps:
-        train(trainer, STEPS)
+    try:
+        with recorded() as setup:
+            trainer = Trainer(config, runtime)
+        with recorded() as steps:
+            train(trainer, STEPS)
+    finally:
+        if runtime.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
     place = trainer.mesh.coordinates["pipeline"]
     return {"setup": setup.peak, "peak": max(setup.peak, setup.left + steps.peak), "place": place}
 

@@ -73,16 +73,7 @@ def summarise(console: Console, verdicts: Sequence[Verdict]) -> None:
     refusals = Counter(verdict.message for verdict in verdicts if verdict.status == REFUSED)
     for message, count in refusals.items():
         console.print(f"refused ({count}): {message}", highlight=False, markup=False, soft_wrap=True)
-    failed = [verdict for verdict in verdicts if verdict.status == FAILED]
-    for verdict in failed[:SHOWN]:
-        describe(console, verdict)
-    if len(failed) > SHOWN:
-        console.print(f"and {len(failed) - SHOWN} more failed cells; --json FILE has them all.", highlight=False)
-    counts = Counter(verdict.status for verdict in verdicts)
-    console.print(
-        f"{counts[PASSED]} passed, {counts[FAILED]} failed, {counts[REFUSED]} refused before the first step.",
-        highlight=False,
-    )
+    end(console, verdicts, "cells")
 
 
 def _engines(console: Console, verdicts: Sequence[Verdict]) -> None:
@@ -108,6 +99,20 @@ def _engines(console: Console, verdicts: Sequence[Verdict]) -> None:
 def _worst(verdicts: Sequence[Verdict], dtype: str) -> str:
     values = [v.worst for v in verdicts if v.cell.dtype == dtype and v.status == PASSED]
     return f"{max(values):.1e}" if values else ""
+
+
+def end(console: Console, verdicts: Sequence[Verdict], things: str, remark: str = "") -> None:
+    """The failures, and the counts."""
+    failed = [verdict for verdict in verdicts if verdict.status == FAILED]
+    for verdict in failed[:SHOWN]:
+        describe(console, verdict)
+    if len(failed) > SHOWN:
+        console.print(f"and {len(failed) - SHOWN} more failed {things}; --json FILE has them all.", highlight=False)
+    counts = Counter(verdict.status for verdict in verdicts)
+    console.print(
+        f"{counts[PASSED]} passed, {counts[FAILED]} failed, {counts[REFUSED]} refused before the first step{remark}.",
+        highlight=False,
+    )
 
 
 def describe(console: Console, verdict: Verdict) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.parallel.megatron_model import LENGTH, ROWS, VOCABULARY, WIDTH, gpt_model, parts
+from tests.parallel.megatron_model import LENGTH, ROWS, VOCABULARY, gpt_model, parts, transformer_config
 
 MICRO_BATCHES = 2
 MIXERS = ("mamba2", "attention", "gated_deltanet", "gla")  # the last two have parameters that all heads share
@@ -58,24 +58,16 @@ CASES = {
 def _model(case: Case) -> Any:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    config = TransformerConfig(
-        num_layers=len(MIXERS),
-        hidden_size=WIDTH,
-        num_attention_heads=4,
-        ffn_hidden_size=32,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=case.tensor,
-        context_parallel_size=case.context,
+    config = transformer_config(
+        MIXERS,
+        case.tensor,
+        case.context,
+        case.sequence_parallel,
         pipeline_model_parallel_size=case.pipeline,
         pipeline_dtype=torch.float32,
-        sequence_parallel=case.sequence_parallel,
         calculate_per_token_loss=True,
-        init_method=nn.init.zeros_,
-        output_layer_init_method=nn.init.zeros_,
         **(recompute if case.recompute else {}),
     )
     config.finalize_model_grads_func = finalize_model_grads

@@ -23,6 +23,26 @@ class Norm(nn.LayerNorm):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+def transformer_config(mixers: Sequence[str], tensor: int, context: int, sequence_parallel: bool, **more: Any) -> Any:
+    """A TransformerConfig for `gpt_model`, which fills the parameters itself."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=len(mixers),
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        ffn_hidden_size=32,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=tensor,
+        context_parallel_size=context,
+        sequence_parallel=sequence_parallel,
+        init_method=nn.init.zeros_,
+        output_layer_init_method=nn.init.zeros_,
+        **more,
+    )
+
+
 def gpt_model(config: Any, mixers: Sequence[str], layout: str, groups: int = 2, stage: int = 0, stages: int = 1) -> Any:
     """A GPTModel with a layer a mixer, or those of one stage; its parameters depend on nothing but their place in the whole."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

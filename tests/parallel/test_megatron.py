@@ -25,7 +25,7 @@ from longhaul.parallel.layout import SequenceLayout
 from longhaul.parallel.megatron import mixer_spec
 from tests.harness.numerics import assert_close
 from tests.harness.pool import run_ranks
-from tests.parallel.megatron_model import LENGTH, ROWS, VOCABULARY, WIDTH, Part, gpt_model, parts
+from tests.parallel.megatron_model import LENGTH, ROWS, VOCABULARY, WIDTH, Part, gpt_model, parts, transformer_config
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed: pip install 'longhaul[megatron]'"
@@ -98,23 +98,9 @@ def division(tensor: int, context: int) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
-def transformer_config(case: Case) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=len(case.mixers),
-        hidden_size=WIDTH,
-        num_attention_heads=4,
-        ffn_hidden_size=32,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=case.tensor,
-        context_parallel_size=case.context,
-        sequence_parallel=case.sequence_parallel,
-        params_dtype=torch.float64 if case.alone else torch.float32,
-        init_method=nn.init.zeros_,
-        output_layer_init_method=nn.init.zeros_,
-    )
+def config_of(case: Case) -> Any:
+    dtype = torch.float64 if case.alone else torch.float32
+    return transformer_config(case.mixers, case.tensor, case.context, case.sequence_parallel, params_dtype=dtype)
 
 
 def held_tokens(case: Case) -> Tensor:
@@ -141,7 +127,7 @@ def gradients(module: nn.Module) -> list[tuple[Part, Tensor]]:
 def of_the_model(case: Case) -> dict[str, Any]:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    model = gpt_model(transformer_config(case), case.mixers, case.layout, case.groups)
+    model = gpt_model(config_of(case), case.mixers, case.layout, case.groups)
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(VOCABULARY, (2, ROWS * LENGTH), generator=generator)
     if case.change is not None:
@@ -158,7 +144,7 @@ def of_the_mixers(case: Case) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.transformer.spec_utils import build_module
 
-    config, rank = transformer_config(case), parallel_state.get_tensor_model_parallel_rank()
+    config, rank = config_of(case), parallel_state.get_tensor_model_parallel_rank()
     mixers = nn.ModuleList()
     for number, mixer in enumerate(case.mixers, 1):
         mixers.append(build_module(mixer_spec(model_config(), mixer, layout=case.layout), config=config, layer_number=number))
@@ -254,7 +240,7 @@ def from_the_document() -> list[tuple[Tensor, Tensor]]:
     found = []
     for context in (1, 2):
         with division(1, context):
-            names: dict[str, Any] = {"config": transformer_config(Case(("mamba2", "mamba2"), context=context))}
+            names: dict[str, Any] = {"config": config_of(Case(("mamba2", "mamba2"), context=context))}
             names["config"].init_method = names["config"].output_layer_init_method = nn.init.normal_
             torch.manual_seed(0)
             exec(text_of_the_document(), names)
@@ -285,7 +271,7 @@ def refusals() -> dict[str, str]:
     said = {}
 
     def note(name: str, mixer: str = "mamba2", given: Any = None, **changed: Any) -> None:
-        config = transformer_config(Case((mixer,), context=2))
+        config = config_of(Case((mixer,), context=2))
         for field, value in changed.items():
             setattr(config, field, value)
         try:

@@ -97,8 +97,8 @@ def _others(model: str, number: int) -> Iterator[Case]:
     if model == ENCODER:
         return
     exact = "fp32" if model in ("mom", MOE) else "fp64"  # what documents count in a balance loss is float32
-    for topology, backend in (("1", "fsdp"), ("sp2", "ddp"), ("dp2", "fsdp"), ("dp2 x sp2", "zero2")):
-        if (backend == "fsdp") == (number % 2 == 0):
+    for topology, backend in (("1", "fsdp"), ("sp2", "ddp"), ("dp2", "fsdp"), ("dp2 x sp2", "zero2"), ("dp2 x sp2", "zero3")):
+        if backend == "zero3" or (backend == "fsdp") == (number % 2 == 0):
             yield Case(model, topology, backend, option="streamed", dtype="fp32" if backend in ZERO else exact)
     if number % 3 == 0:
         yield Case(model, "dp2 x tp2", "fsdp", option="planned")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from ..report import SHOWN, describe
-from ..results import FAILED, PASSED, REFUSED, Verdict
+from ..report import end
+from ..results import PASSED, REFUSED, Verdict
 from .cases import TOPOLOGIES
 
 
@@ -41,13 +41,4 @@ def summarise(console: Console, verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         if verdict.status == REFUSED:
             console.print(f"refused: {verdict.cell.key}: {verdict.message}", highlight=False, markup=False, soft_wrap=True)
-    failed = [verdict for verdict in verdicts if verdict.status == FAILED]
-    for verdict in failed[:SHOWN]:
-        describe(console, verdict)
-    if len(failed) > SHOWN:
-        console.print(f"and {len(failed) - SHOWN} more failed cases; --json FILE has them all.", highlight=False)
-    counts = Counter(verdict.status for verdict in verdicts)
-    console.print(
-        f"{counts[PASSED]} passed, {counts[FAILED]} failed, {counts[REFUSED]} refused before the first step, as they must be.",
-        highlight=False,
-    )
+    end(console, verdicts, "cases", ", as they must be")
