@@ -21,6 +21,7 @@ from longhaul.parallel.runtime import Runtime
 
 from .batches import place
 from .data import Stream, ValidationStreams
+from .memory import giving_back
 from .optimizer import set_learning_rate
 
 
@@ -81,11 +82,12 @@ class Stepper:
         self.clip, self.bf16, self.carry_state, self.stop_signal = clip, precision == "bf16", carry_state, stop_signal
         self.state: Any = None
         """Carried from the stream before; detached: gradients end at a stream's start."""
+        self.run_chunk = giving_back(self._run)
         self.streaming: Streaming | None = None
         if stream_tokens is not None:
             check_streamable(model.model)
             self.streaming = Streaming(
-                self._run,
+                self.run_chunk,
                 stream_tokens,
                 lambda documents, keep_state: engine.shard(documents, runtime.device, keep_state),
                 keep="cpu",  # flat memory on a GPU, for a copy of one state a chunk

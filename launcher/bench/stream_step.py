@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from longhaul.launcher.memory import keep_freed_memory
+from longhaul.launcher.memory import giving_back, keep_freed_memory
 from longhaul.launcher.metrics.hardware import device_name, peak_memory_gib, peak_resident_gib, resident_gib
 from longhaul.launcher.parsing import build
 from longhaul.models.config import ModelConfig
@@ -56,6 +56,7 @@ class Step:
         with self.device:
             self.model = LanguageModel(config)
         self.model.activation_checkpointing = way.checkpointing
+        self.run_chunk = giving_back(self._run)
         self.runs = [0, 0]
 
     def __call__(self, length: int) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Step:
         def part(documents: Documents, keep_state: bool) -> WholeSequence:
             return WholeSequence(documents, self.device, keep_state)
 
-        out = Streaming(self._run, self.way.chunk, part, keep=self.way.keep).backward(stream, scale=1 / len(stream.tokens))
+        out = Streaming(self.run_chunk, self.way.chunk, part, keep=self.way.keep).backward(stream, scale=1 / len(stream.tokens))
         return float(out.loss_sum), out.border_elements
 
     def _whole(self, stream: LongStream) -> tuple[float, int]:

@@ -44,7 +44,7 @@ class PlannedStepper(Stepper):
         self.equal_work: Callable[[], float] = EqualWork(self.runtime.device)
         self.step: Step | None = None
         if stream_tokens is not None:
-            self.streaming = Streaming(self._run, stream_tokens, self._chunk, keep="cpu", accumulate=self.model.accumulate)
+            self.streaming = Streaming(self.run_chunk, stream_tokens, self._chunk, keep="cpu", accumulate=self.model.accumulate)
 
     def read(self, consumed: int) -> Sequence[Stream]:
         """The global batch that begins with sample `consumed`; what `train` is given next."""

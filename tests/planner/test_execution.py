@@ -75,11 +75,8 @@ def shapes(plans: list[Plan], world_size: int) -> tuple[set[int], bool]:
     return degrees, any(sum(group.degree for group in batch.groups) < world_size for batch in batches)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "model"),
-    [(4, SOFTMAX), (4, HYBRID), (4, LINEAR), (4, {**MOM, **ONE_LAYER}), (8, HYBRID)],
-    ids=["softmax-4", "hybrid-4", "linear-4", "mom-4", "hybrid-8"],
-)
+@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("model", [SOFTMAX, HYBRID, LINEAR, {**MOM, **ONE_LAYER}], ids=["softmax", "hybrid", "linear", "mom"])
 def test_planned_is_the_static_job_after_20_steps(
     folder: Path, static: Static, world_size: int, model: dict[str, Any]
 ) -> None:
@@ -89,13 +86,6 @@ def test_planned_is_the_static_job_after_20_steps(
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.1, "the comparison saw no training"
     degrees, _ = shapes(found[0]["plans"], world_size)
     assert {1, world_size} < degrees
-
-
-@pytest.mark.parametrize("model", [SOFTMAX, MOM], ids=["softmax", "mom"])
-def test_planned_is_the_static_job_on_8_ranks(folder: Path, static: Static, model: dict[str, Any]) -> None:
-    values = {**model, "train.steps": 2, "parallel.planner.memory_tokens": 60}
-    degrees, _ = shapes(compare(folder, static, 8, values)[0]["plans"], 8)
-    assert len(degrees) > 1 and 8 in degrees
 
 
 @pytest.mark.parametrize(("model", "backend"), [(MOM, "fsdp"), (HYBRID, "ddp")], ids=["mom-fsdp", "hybrid-ddp"])
