@@ -164,7 +164,7 @@ def verdicts(results: list[Answer], pairs: Answer | None) -> Answer:
 
 def show(report: Answer, console: Console) -> None:
     """A row a step, and a row an aim."""
-    table = Table("tokens", "way", "seconds", "tokens/s", "peak above start, GiB", "peak, GiB", "kept at borders")
+    table = Table("tokens", "way", "seconds", "tokens/s", "peak above start, GiB", "peak, GiB", "kept at borders, M")
     pairs = report["pairs"]
     for name in () if pairs is None else ("streamed", "whole"):
         seconds, memory = median(step["seconds"] for step in pairs["steps"][name]), pairs["memory"][name]
@@ -190,7 +190,7 @@ def show(report: Answer, console: Console) -> None:
 
 def _row(table: Table, length: int, way: str, seconds: float, memory: Answer, elements: int) -> None:
     numbers = f"{seconds:.1f}", f"{length / seconds:,.0f}", f"{memory['grown_gib']:.3f}", f"{memory['peak_gib']:.3f}"
-    table.add_row(f"{length:,}", way, *numbers, f"{elements:,}")
+    table.add_row(f"{length:,}", way, *numbers, f"{elements / 1e6:.2f}")
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
