@@ -219,7 +219,7 @@ def _held_by_zero(model: ZeroParallel, name: str, parameter: nn.Parameter, gradi
         whole = safe_get_full_fp32_param(parameter)
         return {name: [((0,) * whole.ndim, whole.detach().clone())]}
     place = model.flat(parameter)
-    if place is None:
+    if place is None or not place[2]:
         return {name: []}
     flat, offset, length, start = place
     if flat.grad is None:
