@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longhaul.launcher.plan.allocations import recorded
+from longhaul.launcher.plan.allocations import recorded, settled
 from longhaul.models.encoder import Encoder, EncoderConfig, MaskedTokens
 from longhaul.models.ops.segments import Documents
 from longhaul.models.sequence import SequenceShard
@@ -174,6 +174,7 @@ class Task(NamedTuple):
     start: int
 
 
+@settled()
 def search(runtime: Runtime, shape: Shape, tasks: Sequence[Task], budget: int) -> dict[str, Any]:
     """On one rank: the largest size of each task, by its position, and the bytes of all that were tried. The first rank tells."""
     comm, answers = Apart(runtime.comm()), {}

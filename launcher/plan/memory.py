@@ -30,6 +30,7 @@ from longhaul.parallel.pipeline.order import BACKWARD, FORWARD, INPUT, WEIGHT, A
 from longhaul.parallel.pretended import PretendedComm
 from longhaul.parallel.tensor import TensorParallel
 
+from .allocations import settled
 from .stacks import FIRST, LAST, MIDDLE, Kept, Stacks
 
 GIB = 2**30
@@ -115,6 +116,7 @@ def total(parts: Iterable[Part]) -> float:
     return sum(part.bytes for part in parts)
 
 
+@settled()
 def predict_each(config: TrainConfig, world_size: int) -> list[list[Part]]:
     """The same for every place in a pipeline; a run without one has one place."""
     config = config.resolve(world_size)
