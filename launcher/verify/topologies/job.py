@@ -42,7 +42,8 @@ from .cases import ADAMW, BACKENDS, CHECKPOINTING, ENGINES, OPTIONS, Case
 STEPS = 20
 SEQ_LENGTH = 101
 DOCUMENTS = 24
-RATES = {"mom": 0.003, "gated_deltanet": 0.005}
+RATES = {"fp64": {"mom": 0.003, "gated_deltanet": 0.005}, "fp32": {"gated_deltanet": 0.03}}
+RATE = {"fp64": 0.01, "fp32": 0.1}  # of the other models
 FELL = 0.2  # nats by which the reference must learn, or the comparison sees no training
 FLOOR = 1e-30
 
@@ -101,7 +102,7 @@ def configured(case: Case, folder: Path, run: Path) -> TrainConfig:
     if case.schedule:
         parallel["pipeline_schedule"] = case.schedule
     # Large enough to learn in 20 steps, small enough that steps do not magnify rounding a millionfold.
-    rate = 0.1 if case.dtype == "fp32" else RATES.get(case.model, 0.01)
+    rate = RATES[case.dtype].get(case.model, RATE[case.dtype])
     optimizer = OptimizerConfig(name="sgd", lr=rate, min_lr=0.0, clip=0.0, schedule="constant", warmup_steps=0)
     if case.optimizer == ADAMW:
         optimizer = OptimizerConfig(lr=1e-2, min_lr=1e-3, clip=1.0, warmup_steps=4)
