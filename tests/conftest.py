@@ -5,6 +5,7 @@ import os
 # Before torch is imported: the machine's cores belong to the ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let the fork server import torch while the first tests run, if any test needs ranks."""
+    """Let the fork server import torch while the first tests run, if any test needs ranks.
+
+    Thousands of collected tests and all of torch stay: garbage is not looked for among them again.
+    """
+    gc.freeze()
     modules = {getattr(item, "module", None) for item in session.items}
     if not session.config.option.collectonly and any(hasattr(module, "run_ranks") for module in modules):
         pool.start_server()

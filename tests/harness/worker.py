@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import gc
 import os
 import signal
 import sys
@@ -71,6 +72,7 @@ def serve(channel: connection.Connection, setup: Setup) -> None:
     stack_file = setup.stack_file.open("w")
     faulthandler.register(STACK_SIGNAL, file=stack_file, all_threads=True)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: it is not looked through for garbage, whose marks would copy its pages
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no look-up of the host's name
     with poison.poisoned():
