@@ -1,5 +1,7 @@
 """The spread of topologies: each case on test ranks, what the spread covers, and the committed table of combinations."""
 
+from pathlib import Path
+
 import pytest
 
 from longhaul.launcher.verify.ranks import Answer
@@ -21,6 +23,8 @@ from longhaul.launcher.verify.topologies.models import MODELS
 from tests.harness.pool import run_ranks
 
 from .ranks import case_checked
+
+TABLE = Path(__file__).parents[2] / "docs" / "combinations.md"
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,10 @@ def test_the_table_is_made_of_verdicts() -> None:
     made = combinations.text(verdicts, whole=False)
     assert combinations.keys_in(made) == {verdict.cell.key for verdict in verdicts}
     assert "2.0e-13" in made and "Because." in made and "| dualpipev |" in made
+
+
+def test_the_committed_table_has_every_case() -> None:
+    """A list that changes asks for the table to be made again: `longhaul verify --topologies --all --markdown`."""
+    document = TABLE.read_text(encoding="utf-8")
+    listed = whole() if combinations.WHOLE in document else spread()
+    assert combinations.keys_in(document) == {case.key for case in listed}
