@@ -20,7 +20,6 @@ from typing import Any
 # Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
-
 RUNS = 64  # of a model on chunks, between two times that free pages are given back
 
 

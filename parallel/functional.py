@@ -137,7 +137,7 @@ def all_sum(x: Tensor, comm: Comm, label: str) -> Tensor:
     return _Sum.apply(x, comm, label)
 
 
-class _Copied(torch.autograd.Function):
+class _CopyToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
         ctx.comm = comm
@@ -149,7 +149,7 @@ class _Copied(torch.autograd.Function):
         return ctx.comm.all_reduce(grad, "to heads backward").wait(), None
 
 
-class _Summed(torch.autograd.Function):
+class _SumFromHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
         return comm.all_reduce(x, "from heads forward").wait()
@@ -162,12 +162,12 @@ class _Summed(torch.autograd.Function):
 
 def copy_to_heads(x: Tensor, comm: Comm) -> Tensor:
     """Megatron's `f`: what all ranks hold, for each rank's own heads. Its gradient is the sum of all heads' parts."""
-    return _Copied.apply(x, comm)
+    return _CopyToHeads.apply(x, comm)
 
 
 def sum_from_heads(x: Tensor, comm: Comm) -> Tensor:
     """Megatron's `g`: the sum of all heads' parts on every rank. Unlike `all_sum`'s, its gradient is whole on every rank."""
-    return _Summed.apply(x, comm)
+    return _SumFromHeads.apply(x, comm)
 
 
 def rows_of(num_rows: int, comm: Comm) -> tuple[int, int]:

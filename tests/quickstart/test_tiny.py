@@ -14,7 +14,7 @@ TINY = sorted((Path(__file__).parents[2] / "configs").glob("tiny_*.yaml"))
 
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
 def test_a_tiny_model_beats_the_unigram(path: Path, tmp_path: Path) -> None:
-    short = ["--train.steps", "28", "--data.seq_length", "256", "--data.validation_tokens", "4096"]
+    short = ["--train.steps", "40", "--data.seq_length", "256", "--data.validation_tokens", "4096"]
     arguments = ["--config", str(path), "--checkpoint.folder", str(tmp_path), "--metrics.tensorboard", "false", *short]
     trainer = Trainer(parse(arguments), Runtime(device="cpu"))
     outcome = trainer.run()
