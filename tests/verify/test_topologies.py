@@ -85,7 +85,7 @@ def test_the_table_is_made_of_verdicts() -> None:
 
 
 def test_the_committed_table_has_every_case() -> None:
-    """A list that changes asks for the table to be made again: `longhaul verify --topologies --markdown FILE`, with --all or without."""
+    """A list that changes asks for the table to be made again: `longhaul verify --topologies --markdown FILE`."""
     document = TABLE.read_text(encoding="utf-8")
     listed = whole() if combinations.WHOLE in document else spread()
     assert combinations.keys_in(document) == {case.key for case in listed}
